@@ -1,0 +1,111 @@
+"""DMD2: Improved Distribution Matching Distillation for Fast Image Synthesis
+Tianwei Yin, Michael Gharbi, Taesung Park, Richard Zhang, Eli Shechtman, Fredo Durand, William T. Freeman
+NeurIPS 2024 -- https://arxiv.org/abs/2405.14867
+
+    G: few-step student    real: frozen teacher    fake, D: the critic, a score of G's own samples with a GAN head
+    repeat
+        k times   x = G(z);  fake, D  <-  min  |fake(x_t, t) - x|^2 + w_D [ sp(D(x_t)) + sp(-D(y_t)) ],  y ~ data
+        once      x = G(z);  G        <-  min  < x, sg[fake(x_t, t) - real_w(x_t, t)] > / |x - real_w|_1 + w_G sp(-D(x_t))
+    where z is noise, or G's own re-noised output at a later student time (backward simulation, Sec. 4.5), real_w is the
+    guided teacher, and sp is softplus.
+
+Departures from the paper: the critic is not trained on student steps beyond its k updates (the official code trains it on
+the student's batch too); the critic's denoising loss is a v-MSE, finite at both ends of zero-terminal-SNR schedules; the
+first student time is drawn twice as often as the others, so that one student serves 1, 2 and 4 steps; the student is
+averaged (EMA). The default is the quick start: batch 32, two critic updates, no GAN (no real data); recipes are the paper's.
+
+    accelerate launch train_scripts/train_dmd.py                                       # the embedded teacher, minutes on a CPU
+    accelerate launch train_scripts/train_dmd.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --lora 64 --data prompts.txt
+    python train_scripts/train_dmd.py --teacher toy --steps 400                        # seconds
+"""
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from zoo import backbones, critics, losses, rollout, times
+from zoo.process import per_sample
+from zoo.run import Run, RunConfig, cli
+
+
+@dataclass
+class Config(RunConfig):
+    method: ClassVar[str] = "dmd"
+    recipes: ClassVar[dict] = {
+        "sd15": dict(source="Yin et al. 2024, App.; official SD1.5 script", batch=2048, lr=1e-5, critic_lr=1e-5, critic_updates=10,
+                     gan=1e-3, guidance=1.75, student_times=(1.0,), warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=40000),
+        "sdxl-4step": dict(source="Yin et al. 2024, Sec. 5.2; official SDXL script", batch=128, lr=5e-7, critic_lr=5e-7, critic_updates=5,
+                           gan=5e-3, guidance=8.0, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=19000),
+    }
+    steps: int = 1000
+    time_budget: float = 150.0
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.0, 0.99)
+    critic_lr: float = 4e-4
+    critic_updates: int = 2                # per student update: two time-scale update rule, Sec. 4.2 (the paper's is 5)
+    gan: float = 0.0                       # weight of the student's GAN loss, Sec. 4.3; > 0 needs images
+    gan_critic: float = 1e-2               # weight of the discriminator loss beside the denoising loss
+    student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)    # Sec. 4.4; 1.0 alone trains a one-step student
+    t_min: float = 0.02                    # range of the student's renoising times
+    t_max: float = 0.98
+
+
+def dmd_direction(x, x_t, t, cond, uncond, real, fake, guidance):
+    """Eq. 2 with the weight of DMD eq. 8, written on x0: ascent of log p_real - log p_fake, normalised per sample."""
+    with torch.no_grad():
+        x_real = losses.guided(real, x_t, t, cond, uncond, guidance)
+        x_fake = fake(x_t, t, cond)
+        scale = losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5)
+        return per_sample(1 / scale, x) * (x_real - x_fake), losses.per_sample_mean((x_real - x_fake).abs()) / scale
+
+
+def main(cfg: Config) -> Run:
+    model = backbones.load(cfg.teacher, cfg.data, cfg.guidance)
+    run = Run(cfg, model)
+    real, process = model.teacher, model.process
+    G = run.train("student", model.make("student", lora=cfg.lora, init=cfg.init_student,
+                                        gradient_checkpointing=cfg.gradient_checkpointing), cfg.lr)
+    fake = run.train("critic", model.make("critic", lora=cfg.lora, head=cfg.gan > 0, gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
+    data = model.batches(images=cfg.gan > 0)
+    knots = torch.tensor(cfg.student_times) * process.t_max
+    run.watch(G, knots)
+
+    def student_input(batch):
+        depth = max(run.choose(len(knots) + 1) - 1, 0)       # the first time twice as often
+        return rollout.backward_simulation(G, batch.randn(), batch.cond, knots, depth, batch.randn)
+
+    def renoised(batch, x):
+        t = times.uniform(batch.rand(), cfg.t_min, cfg.t_max) * process.t_max
+        return process.noise(x, batch.randn(), t), t
+
+    def critic_loss(batch):
+        with torch.no_grad():
+            x = G(*student_input(batch), batch.cond)
+        t = batch.rand().clamp(min=1e-3) * process.t_max
+        loss = denoise = critics.denoising(fake, x, batch.randn(), t, batch.cond)
+        if cfg.gan:
+            x_t, t = renoised(batch, x)
+            y_t, s = renoised(batch, batch.x0)
+            adversarial = critics.discriminator(fake(y_t, s, batch.cond, logits=True)[1], fake(x_t, t, batch.cond, logits=True)[1])
+            loss = denoise + cfg.gan_critic * adversarial
+            return {"loss": loss, "denoising": denoise, "adversarial": adversarial}
+        return {"loss": loss, "denoising": denoise}
+
+    def student_loss(batch):
+        x = G(*student_input(batch), batch.cond)
+        x_t, t = renoised(batch, x)
+        direction, ratio = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance)
+        loss = losses.along(x, direction)
+        if cfg.gan:
+            loss = loss + cfg.gan * critics.generator(fake(x_t, t, batch.cond, logits=True)[1])
+        return {"loss": loss, "norm_ratio": ratio.mean()}
+
+    for _ in run.loop():
+        for _ in range(cfg.critic_updates):
+            run.minimize(fake, critic_loss, data)
+        run.minimize(G, student_loss, data)
+    return run
+
+
+if __name__ == "__main__":
+    cli(main, Config)

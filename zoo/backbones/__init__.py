@@ -1,0 +1,73 @@
+"""Backbones: everything a method needs of one pretrained family and nothing else. `load(name_or_repo)` picks the family."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+from .base import Backbone, Examples, Source
+
+ASSETS = Path(__file__).parent.parent / "assets"
+# Built-in teachers: folder under zoo/assets, default guidance (chosen by the scans in benchmarks/teacher), default data.
+BUILT_IN = {"emoji": {"folder": "emoji/teacher", "guidance": 3.0, "data": "emoji"},
+            "fashion": {"folder": "fashion/teacher", "guidance": 2.0, "data": "fashion"},
+            "avatars": {"folder": "avatars/teacher", "guidance": 2.0, "data": "avatars"}}
+FAMILIES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "sd",
+            "ConsistencyModelPipeline": "pixel", "DDPMPipeline": "pixel", "DDIMPipeline": "pixel"}
+
+__all__ = ["Backbone", "Examples", "Source", "load"]
+
+
+def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
+    """A Backbone from a built-in name (emoji, fashion, avatars, toy), a diffusers folder or a Hub id; a Backbone is returned as it is.
+
+    data: see RunConfig.data; guidance: teacher scale w, 0 for the teacher's own default.
+    Raises UserError for unknown names, folders without model_index.json and families without an adapter."""
+    if isinstance(teacher, Backbone):
+        model = teacher
+    elif teacher == "toy":
+        from .toy import Toy
+        model = Toy()
+    else:
+        folder, known = _locate(teacher)
+        kind = _pipeline_class(folder, teacher)
+        if kind not in FAMILIES:
+            raise UserError(f"{teacher} is a {kind}, which has no adapter yet: supported are {', '.join(sorted(FAMILIES))}")
+        if FAMILIES[kind] == "sd":
+            from .sd import StableDiffusion as family
+        else:
+            from .pixel import Pixel as family
+        model = family(folder, name=teacher, data=known.get("data", ""), guidance=known.get("guidance", 0.0))
+    if data:
+        model.data = data
+    if guidance:
+        model.guidance = guidance
+    return model
+
+
+def _locate(teacher: str) -> tuple[str, dict]:
+    if teacher in BUILT_IN:
+        known = BUILT_IN[teacher]
+        folder = ASSETS / known["folder"]
+        if not folder.exists():
+            raise UserError(f"the {teacher} teacher is not shipped in this version: its data is (zoo.data.{teacher}()); train one on it, or use emoji or fashion")
+        return str(folder), known
+    if Path(teacher).is_dir():
+        return teacher, {}
+    if "/" not in teacher or teacher.startswith((".", "/", "~")):
+        raise UserError(f"unknown teacher {teacher!r}: give {', '.join(BUILT_IN)}, toy, an existing diffusers folder, or a Hub id such as user/name")
+    return teacher, {}
+
+
+def _pipeline_class(folder: str, teacher: str) -> str:
+    path = Path(folder) / "model_index.json"
+    if not Path(folder).is_dir():
+        from huggingface_hub import hf_hub_download
+        try:
+            path = Path(hf_hub_download(folder, "model_index.json"))
+        except Exception as error:
+            raise UserError(f"could not read {teacher} from the Hub ({type(error).__name__}: {str(error).splitlines()[0]}): "
+                            "check the id, log in for gated or private repositories, or give a local folder") from error
+    if not path.exists():
+        raise UserError(f"{folder} has no model_index.json: a teacher is a diffusers pipeline folder (pipe.save_pretrained)")
+    return json.loads(path.read_text())["_class_name"]

@@ -1,0 +1,133 @@
+"""What every backbone shares: roles made from one teacher module, and data indexed by item."""
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..critics import GanHead
+from ..denoiser import Denoiser, add_adapter, add_slot, checkpoint_activations
+from ..errors import UserError
+from ..process import Pred, Process
+
+
+@dataclass
+class Examples:
+    """Fixed conditions to look at and to measure on: names [n], cond and uncond dicts of tensors [n, ...]."""
+    names: list[str]
+    cond: dict[str, Tensor]
+    uncond: dict[str, Tensor]
+
+
+class Source:
+    """`len(source)` items; `get(index [B])` gives a dict of cond, uncond and, where asked for, x0."""
+
+    def __init__(self, n: int, get: Callable[[Tensor], dict]):
+        self.n, self.get = n, get
+
+    def __len__(self):
+        return self.n
+
+
+class Backbone:
+    """A teacher and what can be made from it. Subclasses set the attributes below in __init__ and give `batches`,
+    `examples`, `decode` and `export_module`.
+
+    name: as the user gave it; module: the teacher's network; process, pred: how its output is read;
+    shape: one sample [C, H, W]; guidance: default teacher scale w; tap: submodule feeding a GAN head;
+    lora_targets: regular expression of the layers that get adapters."""
+
+    name: str
+    family: str
+    module: nn.Module
+    process: Process
+    pred: Pred
+    shape: tuple[int, ...]
+    guidance: float
+    data: str
+    tap = "mid_block"
+    lora_targets = (r".*(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut|conv|"
+                    r"time_emb_proj|linear_1|linear_2|cond_proj)")
+
+    def forward(self, module: nn.Module, x: Tensor, timestep: Tensor, cond: dict) -> Tensor:
+        """Call the family's network; returns its raw prediction."""
+        raise NotImplementedError
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The frozen teacher: the bare base weights, whatever adapters were added since."""
+        return Denoiser(self.module, self.process, self.pred, self.forward)
+
+    def make(self, role: str, *, lora: int = 0, two_time: bool = False, guidance_embedding: bool = False, head: bool = False,
+             init: str = "", gradient_checkpointing: bool = False) -> Denoiser:
+        """A trainable network that starts as the teacher.
+
+        lora: rank of an adapter on the shared frozen base (0: a full copy); two_time / guidance_embedding: add a second
+        scalar input, zero at start; head: GAN head on the mid-block; init: folder of a student to start from."""
+        if two_time and guidance_embedding:
+            raise UserError("a network has one extra scalar input: choose two_time or guidance_embedding")
+        module = self.module if lora else copy.deepcopy(self.module)
+        if two_time or guidance_embedding:
+            add_slot(module)
+        if lora:
+            add_adapter(module, role, lora, self.lora_targets)
+        else:
+            module.requires_grad_(True)
+        if gradient_checkpointing:
+            checkpoint_activations(module)
+        if init:
+            self.load_student(module, role if lora else None, init)
+        module.eval()         # dropout and batch statistics stay off in every role; gradients do not depend on the mode
+        return Denoiser(module, self.process, self.pred, self.forward, role=role if lora else None,
+                        slot="r" if two_time else "guidance" if guidance_embedding else None,
+                        tap=self.tap, head=GanHead(*self.head_shape()) if head else None)
+
+    def head_shape(self) -> tuple[int, int | None]:
+        """(channels, side) of the tapped feature map."""
+        raise NotImplementedError
+
+    def batches(self, images: bool = False) -> Source:
+        """Training items: cond and uncond, and x0 (data in the network's space) when `images`."""
+        raise NotImplementedError
+
+    def examples(self, n: int, seeds: int = 1) -> Examples:
+        """n fixed conditions, each repeated `seeds` times in a row."""
+        raise NotImplementedError
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples [B, *shape] to images [B, 3 or 1, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def load_student(self, module: nn.Module, role: str | None, folder: str) -> None:
+        """Copy an exported student's weights (folder/unet, or its LoRA file for a LoRA run) into `module`."""
+        from ..hub.export import read_student
+        read_student(self, module, role, Path(folder))
+
+    def to(self, device) -> "Backbone":
+        self.module.to(device)
+        return self
+
+
+class Memo:
+    """Results per item index, kept on the CPU up to `limit` items (oldest out first)."""
+
+    def __init__(self, compute: Callable[[list[int]], Tensor], limit: int = 100_000):
+        self.compute, self.limit, self.kept = compute, limit, OrderedDict()
+
+    def __call__(self, index: Tensor) -> Tensor:
+        wanted = index.tolist()
+        missing = sorted({i for i in wanted if i not in self.kept})
+        fresh = {}
+        if missing:
+            with torch.no_grad():
+                fresh = dict(zip(missing, self.compute(missing).cpu()))
+        out = torch.stack([fresh[i] if i in fresh else self.kept[i] for i in wanted])
+        self.kept.update(fresh)
+        while len(self.kept) > self.limit:
+            self.kept.popitem(last=False)
+        return out

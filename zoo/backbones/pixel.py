@@ -1,0 +1,62 @@
+"""Pixel-space UNet2DModel, class-conditional or unconditional: `ConsistencyModelPipeline`, `DDPMPipeline`, `DDIMPipeline` folders.
+
+A class-conditional network is guided through a null class, by convention its last one (as our Fashion-MNIST teacher)."""
+from __future__ import annotations
+
+import torch
+
+from .. import data as datasets_
+from ..errors import UserError
+from ..process import VP
+from .base import Backbone, Examples, Source
+from .sd import PREDICTIONS
+
+
+class Pixel(Backbone):
+    family = "pixel"
+
+    def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
+        from diffusers import DiffusionPipeline
+
+        self.folder, self.name, self.data = folder, name, data
+        self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.module = self.pipe.unet.float().requires_grad_(False).eval()
+        config = self.pipe.scheduler.config
+        if "beta_schedule" not in config:
+            raise UserError(f"{name} uses {type(self.pipe.scheduler).__name__}, not a variance-preserving schedule: it may already be a few-step student; distil from its teacher")
+        self.process, self.pred = VP.from_config(config), PREDICTIONS[config.prediction_type]
+        size = self.module.config.sample_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        self.shape = (self.module.config.in_channels, *size)
+        self.classes = self.module.config.num_class_embeds        # the last one is the null class
+        self.guidance = (guidance or 1.0) if self.classes else 1.0
+
+    def forward(self, module, x, timestep, cond):
+        return module(x, timestep, class_labels=cond.get("label"), return_dict=False)[0]
+
+    def head_shape(self):
+        blocks = self.module.config.block_out_channels
+        return blocks[-1], self.shape[-1] // 2 ** (len(blocks) - 1)
+
+    def _conditions(self, label: torch.Tensor) -> dict:
+        if not self.classes:
+            return {"cond": {}, "uncond": {}}
+        return {"cond": {"label": label}, "uncond": {"label": torch.full_like(label, self.classes - 1)}}
+
+    def batches(self, images=False):
+        if not images:                        # labels are all a data-free method needs
+            n = max(self.classes - 1, 1) if self.classes else 1
+            return Source(n * 1000, lambda index: self._conditions(index % n))
+        table = datasets_.open_dataset(self.data)
+        pixels = datasets_.images(table, self.shape[-1], self.shape[0])
+        label = torch.tensor(table["label"]) if "label" in table.column_names else torch.zeros(len(pixels), dtype=torch.long)
+        return Source(len(pixels), lambda index: self._conditions(label[index]) | {"x0": pixels[index]})
+
+    def examples(self, n, seeds=1):
+        label = torch.arange(n).remainder(max((self.classes or 2) - 1, 1)).repeat_interleave(seeds)
+        names = [f"class {i}" for i in label.tolist()] if self.classes else ["unconditional"] * len(label)
+        return Examples(names, *self._conditions(label).values())
+
+    def decode(self, x):
+        return x.clamp(-1, 1)

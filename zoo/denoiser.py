@@ -1,0 +1,194 @@
+"""`Net`: the one call that teacher, critic, student and closed-form toy answer to, and `Denoiser`, any torch module behind it.
+
+Roles: with LoRA, teacher, student and critic are one frozen module whose adapters are switched per call (`role`).
+peft's own `set_adapter` flips `requires_grad` and silently drops gradients of graphs built before it, so the switch here
+only sets which adapter each layer reads, for the duration of the call."""
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import Callable, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .critics import GanHead
+from .process import Pred, Process
+
+SLOT_DIM = 256    # width of the second-time / guidance embedding; also what stock SD pipelines read as `time_cond_proj_dim`
+
+
+class Net(Protocol):
+    """x [B, ...], t [B], cond dict of tensors [B, ...] -> reading `to` of the shape of x (and logits [B] with logits=True).
+
+    r [B] is the second time of an average velocity over [r, t]; a net without one raises."""
+
+    process: Process
+
+    def __call__(self, x: Tensor, t: Tensor, cond: dict, *, r: Tensor | None = None, to: Pred = "x0", logits: bool = False): ...
+
+
+def scalar_embedding(w: Tensor, dim: int = SLOT_DIM) -> Tensor:
+    """Sinusoidal embedding [B, dim] of a scalar [B]: sin | cos of 1000 w over frequencies 1..1e-4, the form in which
+    stock latent-consistency pipelines embed (guidance - 1)."""
+    half = dim // 2
+    freq = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=w.device, dtype=w.dtype))
+    angles = 1000.0 * w[:, None] * freq
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class SlotEmbedding(nn.Module):
+    """A diffusers `TimestepEmbedding` with a zero-initialised second input (the `cond_proj` slot), fed through `condition`
+    so that networks whose forward has no such argument (UNet2DModel) take one too. Exact at initialisation."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self.linear_1, self.act, self.linear_2, self.post_act = (
+            embedding.linear_1, embedding.act, embedding.linear_2, embedding.post_act)
+        self.cond_proj = nn.Linear(SLOT_DIM, embedding.linear_1.in_features, bias=False)
+        nn.init.zeros_(self.cond_proj.weight)
+        self.cond_proj.to(embedding.linear_1.weight)
+        self.condition: Tensor | None = None
+
+    def forward(self, sample, condition=None):
+        condition = self.condition if condition is None else condition
+        if condition is not None:
+            sample = sample + self.cond_proj(condition.to(sample))
+        sample = self.linear_2(self.act(self.linear_1(sample)))
+        return sample if self.post_act is None else self.post_act(sample)
+
+
+def add_slot(module: nn.Module) -> None:
+    """Give a UNet a second scalar input (second time or guidance), zero at initialisation; no-op if it has one."""
+    embedding = module.time_embedding
+    if not hasattr(embedding, "condition"):
+        slot = SlotEmbedding(embedding)
+        if getattr(embedding, "cond_proj", None) is not None:     # a teacher that already embeds its guidance keeps it
+            slot.cond_proj.weight.data.copy_(embedding.cond_proj.weight.data)
+        module.time_embedding = slot
+
+
+def fold_slot(module: nn.Module, value: float) -> None:
+    """Remove the slot by fixing its scalar: its projection becomes a constant in linear_1's bias. Exact (r = 0 fold)."""
+    slot = module.time_embedding
+    with torch.no_grad():
+        constant = slot.cond_proj(scalar_embedding(torch.tensor([value], device=slot.cond_proj.weight.device)).to(slot.cond_proj.weight))
+        slot.linear_1.bias += slot.linear_1.weight @ constant[0]
+        slot.cond_proj.weight.zero_()
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+def _adapter_layers(module: nn.Module) -> list:
+    if "_zoo_layers" not in module.__dict__:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        module.__dict__["_zoo_layers"] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    return module.__dict__["_zoo_layers"]
+
+
+@contextmanager
+def role_active(module: nn.Module, role: str | None):
+    """Inside, LoRA layers of `module` read adapter `role` (None: the bare base weights). Touches no requires_grad flag."""
+    layers = _adapter_layers(module)
+    before = [(m._active_adapter, m._disable_adapters) for m in layers], module.__dict__.get("_zoo_role")
+    for m in layers:
+        m._active_adapter, m._disable_adapters = [role] if role else [], role is None
+    module.__dict__["_zoo_role"] = role
+    try:
+        yield
+    finally:
+        for m, (active, off) in zip(layers, before[0]):
+            m._active_adapter, m._disable_adapters = active, off
+        module.__dict__["_zoo_role"] = before[1]
+
+
+def add_adapter(module: nn.Module, role: str, rank: int, targets: list[str] | str) -> None:
+    """Inject a LoRA adapter named `role` (alpha = rank); freeze the base, keep every adapter trainable."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True)
+    inject_adapter_in_model(config, module, adapter_name=role)
+    module.__dict__.pop("_zoo_layers", None)
+    for name, p in module.named_parameters():
+        p.requires_grad_("lora_" in name)
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Activation checkpointing whose recomputation uses the role of the forward pass, not the one active at backward."""
+    def run(block, *args):
+        role = module.__dict__.get("_zoo_role")
+
+        def again(*inner):
+            with role_active(module, role):
+                return block(*inner)
+        return checkpoint(again, *args, use_reentrant=False)
+    module.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+
+
+# ----------------------------------------------------------------------------------------------------------- the adapter
+class Denoiser:
+    """A torch module read as a `Net`.
+
+    forward(module, x, timestep, cond) -> raw output of kind `pred`; slot: None, "r" (second time) or "guidance"
+    (cond["guidance"], the scale w as tensor [B]); tap: submodule whose output feeds the GAN head."""
+
+    def __init__(self, module: nn.Module, process: Process, pred: Pred, forward: Callable, *, role: str | None = None,
+                 slot: str | None = None, tap: str | None = None, head: GanHead | None = None):
+        self.module, self.process, self.pred, self.forward = module, process, pred, forward
+        self.role, self.slot, self.head = role, slot, head
+        self.weights: dict[str, Tensor] | None = None     # read these instead of the module's own (averages)
+        self._tapped = None
+        if head is not None:
+            module.get_submodule(tap).register_forward_hook(self._keep)
+
+    def _keep(self, _module, _inputs, output):
+        if self._tapped is not None:
+            self._tapped.append(output[0] if isinstance(output, tuple) else output)
+
+    def __call__(self, x, t, cond, *, r=None, to: Pred = "x0", logits=False):
+        if r is not None and self.slot != "r":
+            raise ValueError("this network has no second time: build it with make(..., two_time=True)")
+        if logits and self.head is None:
+            raise ValueError("this network has no GAN head: build it with make(..., head=True)")
+        condition = None
+        if self.slot == "r":
+            condition = scalar_embedding(t if r is None else r)
+        elif self.slot == "guidance":
+            condition = scalar_embedding(cond["guidance"] - 1)
+        self._tapped = [] if logits else None
+        call = lambda *a: torch.func.functional_call(_Bound(self.module, self.forward), {f"module.{k}": v for k, v in self.weights.items()}, a) \
+            if self.weights is not None else self.forward(self.module, *a)
+        embedding = getattr(self.module, "time_embedding", None)
+        with role_active(self.module, self.role):
+            if hasattr(embedding, "condition"):
+                embedding.condition = condition
+            out = call(x, self.process.timestep(t), cond)
+            if hasattr(embedding, "condition"):
+                embedding.condition = None
+        out = self.process.convert(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, x, t, self.pred, to)
+        if not logits:
+            return out
+        features, self._tapped = self._tapped[-1], None
+        return out, self.head(features)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters this role trains: its own adapter (LoRA) or the whole module, and its GAN head."""
+        own = {n: p for n, p in self.module.named_parameters() if self.role is None or f".{self.role}." in n}
+        head = {} if self.head is None else {f"head.{n}": p for n, p in self.head.named_parameters()}
+        return own | head
+
+    def reading(self, weights: dict[str, Tensor]) -> "Denoiser":
+        """The same network with other values of its trainable parameters (an average, a best checkpoint)."""
+        other = object.__new__(Denoiser)
+        other.__dict__.update(self.__dict__)
+        other.weights = {n: w for n, w in weights.items() if not n.startswith("head.")}
+        return other
+
+
+class _Bound(nn.Module):
+    def __init__(self, module, forward):
+        super().__init__()
+        self.module, self.call = module, forward
+
+    def forward(self, *args):
+        return self.call(self.module, *args)

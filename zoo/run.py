@@ -1,0 +1,534 @@
+"""`Run`: the one stateful object. It owns devices, trainees, randomness, checkpoints and logs; a script owns its loop.
+
+    run = Run(cfg, model)
+    G = run.train("student", net, lr=cfg.lr)         # a trainee is a set of parameters behind a Net
+    for step in run.loop():
+        run.minimize(G, loss, data)                  # loss(batch) -> {"loss": ..., **logged}
+
+Randomness is indexed by global sample number: every draw of a batch is made for the global batch from (seed, tick) and then
+sliced by rank and micro-batch. One rank, two ranks and accumulation therefore see the same numbers, and resume is exact."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, ClassVar, Iterator, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+# What may differ between a run and its resumption; everything else is part of what the run *is*.
+FREE_TO_CHANGE = {"steps", "time_budget", "output_dir", "checkpoint_every", "keep_checkpoints", "sample_every", "measure_every",
+                  "report_to", "export", "push_to_hub", "dry_run", "recipe", "log_every"}
+
+
+@dataclass
+class RunConfig:
+    """Flags every script has."""
+    teacher: str = "emoji"          # emoji, fashion, avatars, toy, a diffusers folder or a Hub id
+    output_dir: str = ""            # default: outputs/<method>-<teacher>
+    data: str = ""                  # prompts (txt, csv, jsonl, parquet) or images (folder, parquet, Hub set); default: the teacher's own
+    steps: int = 1000               # student optimiser steps
+    time_budget: float = 0.0        # stop after this many seconds of training (0: no limit)
+    batch: int = 32                 # global batch, over all ranks and micro-batches
+    accumulate: int = 1             # micro-batches per rank and optimiser step
+    lr: float = 1e-4                # student learning rate
+    warmup: int = 0                 # linear warm-up, steps
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 10.0
+    ema: float = 0.98               # decay of the averaged student that is sampled, measured and exported (0: none)
+    lora: int = 0                   # LoRA rank; 0 trains full weights
+    init_student: str = ""          # start from another run's exported student
+    guidance: float = 0.0           # teacher guidance scale w in D_u + w (D_c - D_u); 0: the teacher's own default
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    sample_every: int = 50          # sample grid every n steps (0: never)
+    measure_every: int = 50         # measurement on fixed noise every n steps (0: never)
+    export: Literal["best", "last"] = "best"   # which student leaves: the best measured one or the last
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    push_to_hub: str = ""           # user/name
+    recipe: str = ""                # a published preset of this script; flags given beside it win
+    dry_run: bool = False           # print the resolved plan and stop
+
+    method: ClassVar[str] = ""
+    recipes: ClassVar[dict[str, dict]] = {}
+
+
+class Batch:
+    """One micro-batch: `cond`, `uncond`, maybe `x0` and `path` as attributes, and random numbers indexed by global sample."""
+
+    def __init__(self, fields: dict, shape: tuple[int, ...], seed: tuple[int, int], size: int, window: slice, device):
+        self.__dict__.update(fields)
+        self.shape, self._seed, self._size, self._window, self._device, self._count = shape, seed, size, window, device, 0
+
+    def _generator(self):
+        self._count += 1
+        mixed = (self._seed[0] * 1_000_003 + self._seed[1]) * 1_000_003 + self._count
+        return torch.Generator().manual_seed(mixed % (2**63 - 1))
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal [B, *shape]; by default of the model's sample shape."""
+        return torch.randn(self._size, *(shape or self.shape), generator=self._generator())[self._window].to(self._device)
+
+    def rand(self) -> Tensor:
+        """Uniform [B] in [0, 1)."""
+        return torch.rand(self._size, generator=self._generator())[self._window].to(self._device)
+
+    def randint(self, n: int) -> Tensor:
+        """Integers [B] in [0, n)."""
+        return torch.randint(n, (self._size,), generator=self._generator())[self._window].to(self._device)
+
+
+class Trainee:
+    """Parameters with an optimiser, behind a Net; call it as the Net."""
+
+    def __init__(self, name: str, net, lr: Callable[[int], float], optimizer):
+        self.name, self.net, self.lr, self.optimizer = name, net, lr, optimizer
+        self.params: dict[str, torch.nn.Parameter] = net.trainable()
+        self.averages: list[tuple[float, dict[str, Tensor]]] = []
+        self.updates = 0
+        self.process = net.process
+
+    def __call__(self, *args, **kwargs):
+        return self.net(*args, **kwargs)
+
+
+class Run:
+    """See the module. `cfg` a RunConfig, `model` a Backbone."""
+
+    def __init__(self, cfg: RunConfig, model):
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        self.cfg, self.model = cfg, model
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu and "OMP_NUM_THREADS" in os.environ and os.environ.get("ACCELERATE_MIXED_PRECISION") and not os.environ.get("ZOO_KEEP_THREADS"):
+            # `accelerate launch` exports OMP_NUM_THREADS=1 for a single CPU process, nearly halving its speed.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.out = Path(cfg.output_dir or f"outputs/{cfg.method}-{Path(str(model.name)).name}")
+        trackers = None if cfg.report_to == "none" else cfg.report_to
+        self.accelerator = Accelerator(mixed_precision=cfg.mixed_precision, log_with=trackers, project_dir=str(self.out), cpu=on_cpu)
+        self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        if cfg.batch % (self.world * cfg.accumulate):
+            raise UserError(f"--batch {cfg.batch} is not divisible by {self.world} ranks x {cfg.accumulate} micro-batches")
+        set_seed(cfg.seed)
+        model.to(self.device)
+        self.trainees: dict[str, Trainee] = {}
+        self.step = self.tick = 0
+        self.elapsed = 0.0                   # seconds of training, over all resumptions
+        self.best = (math.inf, -1)           # (score, step)
+        self.watcher = None
+        self._stop: int | None = None
+        self._logged: dict[str, list[float]] = {}
+        self._history: dict[str, list[float]] = {}
+        self._open_folder()
+
+    # ------------------------------------------------------------------------------------------------ set-up
+    def _open_folder(self):
+        record = self.out / "config.json"
+        mine = self.describe()
+        self.resume_from = self._latest()
+        if record.exists():
+            theirs = json.loads(record.read_text())
+            diff = [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
+            if theirs.get("method") != mine["method"]:
+                raise UserError(f"{self.out} holds a run of another method ({theirs.get('method')}): give another --output_dir")
+            if diff:
+                raise UserError(f"{self.out} holds a run with another configuration ({'; '.join(diff)}): repeat its flags to resume it, or give another --output_dir")
+        elif self.out.exists() and any(self.out.iterdir()) and not self.cfg.dry_run:
+            raise UserError(f"{self.out} exists and is not a run of ours: give another --output_dir")
+        if self.cfg.dry_run:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            _write(record, json.dumps(mine, indent=1))
+            self._log_file = open(self.out / "metrics.jsonl", "a")
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("fewstep", config={k: v for k, v in mine.items() if isinstance(v, (int, float, str, bool))})
+
+    def describe(self) -> dict:
+        """The resolved configuration as plain data; a teacher given as an object is named, not stored."""
+        cfg = {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)}
+        cfg = {k: v if isinstance(v, (int, float, str, bool, tuple, list, type(None))) else str(getattr(v, "name", type(v).__name__)) for k, v in cfg.items()}
+        return json.loads(json.dumps({"method": self.cfg.method, **cfg}))
+
+    # ------------------------------------------------------------------------------------------------ verbs
+    def train(self, name: str, net, lr: float, **options) -> Trainee:
+        """Register trainable parameters under AdamW. `options` go to the optimiser (betas, weight_decay ...)."""
+        cfg = self.cfg
+        warm = lambda step: lr * min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else lr      # a pure function of the step
+        if getattr(net, "head", None) is not None:
+            net.head.to(self.device)
+        params = net.trainable()
+        for p in params.values():
+            p.requires_grad_(True)
+        if self.world > 1:
+            for p in params.values():
+                torch.distributed.broadcast(p.data, 0)
+        settings = {"betas": cfg.betas, "weight_decay": cfg.weight_decay} | options
+        optimizer = torch.optim.AdamW(list(params.values()), lr=lr, foreach=True, **settings)
+        self.trainees[name] = Trainee(name, net, warm, optimizer)
+        return self.trainees[name]
+
+    def average(self, trainee: Trainee, decay: float):
+        """Exponential moving average of a trainee, as a Net; decay is ramped up over the first updates. decay 0: the trainee itself."""
+        if not decay:
+            return trainee.net
+        values = {n: p.detach().clone() for n, p in trainee.params.items()}
+        trainee.averages.append((decay, values))
+        return trainee.net.reading(values)
+
+    def choose(self, n: int) -> int:
+        """An integer in [0, n), equal on all ranks and for all micro-batches of one minimize."""
+        g = torch.Generator().manual_seed((self.cfg.seed * 7_919 + self.tick) * 104_729 + 17)
+        return int(torch.randint(n, (1,), generator=g))
+
+    @contextmanager
+    def only(self, trainee: Trainee):
+        """Inside, every other trainee is a constant."""
+        others = [p for o in self.trainees.values() if o is not trainee for p in o.params.values() if p.requires_grad]
+        for p in others:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in others:
+                p.requires_grad_(True)
+
+    def minimize(self, trainee: Trainee, loss: Callable[[Batch], dict], data) -> dict:
+        """One optimiser step of `trainee` on loss(batch)["loss"], over the micro-batches; the other trainees are constants."""
+        self.tick += 1
+        logged: dict[str, Tensor] = {}
+        with self.only(trainee):
+            for batch in self.micro_batches(data):
+                with self.accelerator.autocast():
+                    out = loss(batch)
+                self.backward(out["loss"] / self.cfg.accumulate)
+                for k, v in out.items():
+                    v = v.detach().float() if torch.is_tensor(v) else torch.tensor(float(v))
+                    logged[k] = logged.get(k, 0) + v / self.cfg.accumulate
+        self.apply(trainee)
+        for k, v in logged.items():
+            self._logged.setdefault(f"{trainee.name}/{k}", []).append(v)
+        return logged
+
+    def backward(self, loss: Tensor):
+        if self.accelerator.scaler is not None:
+            loss = self.accelerator.scaler.scale(loss)
+        loss.backward()
+
+    def apply(self, trainee: Trainee):
+        """Average gradients over ranks, clip, step, clear, update averages. Raises at a non-finite gradient."""
+        grads = [p.grad for p in trainee.params.values() if p.grad is not None]
+        if self.world > 1:
+            flat = torch.cat([g.flatten() for g in grads])
+            torch.distributed.all_reduce(flat)
+            flat /= self.world
+            for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(part.view_as(g))
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(trainee.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(list(trainee.params.values()), self.cfg.max_grad_norm)
+        if not torch.isfinite(norm) and scaler is None:
+            raise UserError(self._last_words(f"gradient of the {trainee.name} is not finite at step {self.step}"))
+        for group in trainee.optimizer.param_groups:
+            group["lr"] = trainee.lr(self.step)
+        if scaler is not None:
+            scaler.step(trainee.optimizer)
+            scaler.update()
+        else:
+            trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.updates += 1
+        for decay, values in trainee.averages:
+            d = min(decay, (1 + trainee.updates) / (10 + trainee.updates))
+            torch._foreach_lerp_(list(values.values()), [p.data for p in trainee.params.values()], 1 - d)
+        self._logged.setdefault(f"{trainee.name}/grad_norm", []).append(norm.detach())
+
+    def micro_batches(self, data) -> Iterator[Batch]:
+        """This rank's micro-batches of the current global batch."""
+        cfg = self.cfg
+        size = cfg.batch // (self.world * cfg.accumulate)
+        for micro in range(cfg.accumulate):
+            lo = (self.rank * cfg.accumulate + micro) * size
+            window = slice(lo, lo + size)
+            index = _epoch_indices(len(data), self.tick * cfg.batch + torch.arange(lo, lo + size), cfg.seed)
+            fields = {k: _to(v, self.device) for k, v in data.get(index).items()}
+            yield Batch(fields, self.model.shape, (cfg.seed, self.tick), cfg.batch, window, self.device)
+
+    def watch(self, student, times, rule: str = "renoise", **contract):
+        """Name the student that leaves: `student` (a Trainee) is averaged, sampled beside the teacher, measured and exported.
+
+        times: process times the student was trained at, noise to data; rule: its sampling rule (see rollout.sample)."""
+        from .watch import Watcher
+        self.watcher = Watcher(self, student, times, rule, **contract)
+        return self.watcher
+
+    def loop(self) -> Iterator[int]:
+        """Steps of the student until --steps or --time_budget; resumes, logs, checkpoints, measures, exports at the end."""
+        cfg = self.cfg
+        from .plan import plan
+        estimate = plan(self)
+        if cfg.dry_run:
+            return
+        estimate.refuse_if_too_large()
+        if self.resume_from:
+            self.load(self.resume_from)
+        if self.watcher:
+            self.watcher.begin()
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        from tqdm import tqdm
+        bar = tqdm(total=cfg.steps, initial=self.step, disable=self.rank != 0, dynamic_ncols=True, mininterval=1.0, desc=cfg.method)
+        try:
+            self._saved = self.step if self.resume_from else -1
+            while self.step < cfg.steps and not self._out_of_time():
+                began = time.perf_counter()
+                yield self.step
+                self.step += 1
+                self.elapsed += time.perf_counter() - began
+                bar.update()
+                self._housekeeping(bar)
+                if self._stopping():
+                    self.save()
+                    bar.close()
+                    if self.rank == 0:
+                        print(f"stopped at step {self.step}; checkpoint saved, the same command resumes", file=sys.stderr)
+                    raise SystemExit(128 + (self._stop or signal.SIGTERM))
+            if self.step != self._saved:
+                self.save()
+            bar.close()
+            if self.watcher:
+                self.watcher.finish()
+        finally:
+            for s, h in handlers.items():
+                signal.signal(s, h)
+            if self.rank == 0:
+                self._log_file.flush()
+        self.accelerator.end_training()
+
+    # ------------------------------------------------------------------------------------------------ housekeeping
+    def _on_signal(self, number, _frame):
+        if self._stop is not None:
+            raise KeyboardInterrupt
+        self._stop = number
+
+    def _stopping(self) -> bool:
+        return bool(self._agree(float(self._stop is not None)))
+
+    def _out_of_time(self) -> bool:
+        return bool(self.cfg.time_budget) and self._agree(self.elapsed) >= self.cfg.time_budget
+
+    def _agree(self, value: float) -> float:
+        """The largest value over ranks, so that all of them leave the loop together."""
+        if self.world == 1:
+            return value
+        t = torch.tensor([value], device=self.device, dtype=torch.float64)
+        torch.distributed.all_reduce(t, op=torch.distributed.ReduceOp.MAX)
+        return t.item()
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _housekeeping(self, bar):
+        cfg = self.cfg
+        if self.step == 1 or self._due(cfg.log_every):
+            means = {k: torch.stack([v.cpu() for v in vs]).mean().item() for k, vs in self._logged.items()}
+            self._logged.clear()
+            self._check(means)
+            self.log(means)
+            if self.watcher:
+                self.watcher.losses(means)
+            bar.set_postfix({k.split("/")[0][0] + "/" + k.split("/")[1]: f"{v:.3g}" for k, v in means.items() if k.endswith("/loss")}
+                            | (self.watcher.summary() if self.watcher else {}))
+        if self.watcher:
+            self.watcher.step()
+        if self._due(cfg.checkpoint_every):
+            self.save()
+
+    def _check(self, means: dict):
+        from .health import exploding
+        for k, v in means.items():
+            if not k.endswith("/loss"):
+                continue
+            if not math.isfinite(v):
+                raise UserError(self._last_words(f"{k} is {v} at step {self.step}"))
+            history = self._history.setdefault(k, [])
+            history.append(v)
+            if exploding(history):
+                raise UserError(self._last_words(f"{k} exploded to {v:.3g} at step {self.step}"))
+
+    def _last_words(self, what: str) -> str:
+        last = self._latest()
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+        return f"{what}; {kept}. Lower --lr, raise --warmup or --batch, or train without --mixed_precision, in a new --output_dir"
+
+    def log(self, values: dict):
+        """To metrics.jsonl always, and to the tracker when there is one."""
+        if self.rank == 0 and not self.cfg.dry_run:
+            row = {"step": self.step, "seconds": round(self.elapsed, 3), **{k: v for k, v in values.items()}}
+            self._log_file.write(json.dumps(row) + "\n")
+            self._log_file.flush()
+        if self.accelerator.log_with:
+            self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=self.step)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def _latest(self) -> Path | None:
+        found = sorted((self.out / "checkpoints").glob("step-*")) if (self.out / "checkpoints").exists() else []
+        return found[-1] if found else None
+
+    def save(self):
+        """Checkpoint, written beside and renamed: a kill at any moment leaves the previous one or this one, whole."""
+        self._saved = self.step
+        if self.rank == 0:
+            root = self.out / "checkpoints"
+            final, temp = root / f"step-{self.step:07d}", root / f".writing-{self.step:07d}"
+            try:
+                shutil.rmtree(temp, ignore_errors=True)
+                temp.mkdir(parents=True)
+                for t in self.trainees.values():
+                    save_tensors({n: p.data for n, p in t.params.items()}, temp / f"{t.name}.safetensors")
+                    save_tensors(_optimizer_tensors(t), temp / f"{t.name}.optimizer.safetensors")
+                    for i, (_, values) in enumerate(t.averages):
+                        save_tensors(values, temp / f"{t.name}.average{i}.safetensors")
+                state = {"step": self.step, "tick": self.tick, "elapsed": self.elapsed, "best": self.best,
+                         "updates": {n: t.updates for n, t in self.trainees.items()}, "history": self._history,
+                         "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                         "watcher": self.watcher.state() if self.watcher else None}
+                _write(temp / "state.json", json.dumps(state))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temp, final)
+            except Exception as error:
+                shutil.rmtree(temp, ignore_errors=True)
+                if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                    raise UserError(f"could not write a checkpoint to {root} ({error}); {self._last_words('free some space')}") from error
+                raise
+            for old in sorted(root.glob("step-*"))[: -self.cfg.keep_checkpoints]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path):
+        """Restore a checkpoint, on any number of ranks."""
+        from safetensors.torch import load_file
+        state = json.loads((folder / "state.json").read_text())
+        self.step, self.tick, self.elapsed = state["step"], state["tick"], state["elapsed"]
+        self.best, self._history = tuple(state["best"]), state["history"]
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.watcher:
+            self.watcher.restore(state["watcher"])
+        for t in self.trainees.values():
+            t.updates = state["updates"][t.name]
+            values = load_file(folder / f"{t.name}.safetensors")
+            for n, p in t.params.items():
+                p.data.copy_(values[n])
+            _restore_optimizer(t, load_file(folder / f"{t.name}.optimizer.safetensors"))
+            for i, (_, average) in enumerate(t.averages):
+                for n, v in load_file(folder / f"{t.name}.average{i}.safetensors").items():
+                    average[n].copy_(v)
+        if self.rank == 0:
+            print(f"resumed from {folder}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------- small helpers
+def _main_thread() -> bool:
+    import threading
+    return threading.current_thread() is threading.main_thread()
+
+
+def _write(path: Path, text: str):
+    temp = path.with_name(path.name + ".tmp")
+    temp.write_text(text)
+    os.replace(temp, path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path):
+    """safetensors, contiguous on the CPU."""
+    from safetensors.torch import save_file
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+
+
+def _optimizer_tensors(t: Trainee) -> dict[str, Tensor]:
+    out = {}
+    for name, p in t.params.items():
+        for key, value in t.optimizer.state.get(p, {}).items():
+            out[f"{name}::{key}"] = value if torch.is_tensor(value) else torch.tensor(value)
+    return out
+
+
+def _restore_optimizer(t: Trainee, tensors: dict[str, Tensor]):
+    for full, value in tensors.items():
+        name, key = full.rsplit("::", 1)
+        p = t.params[name]
+        t.optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+
+
+def _to(value, device):
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+_permutations: dict = {}
+
+
+def _epoch_indices(n: int, numbers: Tensor, seed: int) -> Tensor:
+    """Data index of each global sample number: every epoch visits all n items in an order drawn from (seed, epoch)."""
+    out = torch.empty_like(numbers)
+    for epoch in (numbers // n).unique().tolist():
+        key = (n, epoch, seed)
+        if key not in _permutations:
+            if len(_permutations) > 8:
+                _permutations.clear()
+            _permutations[key] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 9_973 + epoch))
+        here = numbers // n == epoch
+        out[here] = _permutations[key][numbers[here] % n]
+    return out
+
+
+def cli(main: Callable, config: type[RunConfig]):
+    """Parse flags (tyro), run, and turn an error of the user into one line and exit code 2."""
+    import tyro
+
+    try:
+        main(parse(config, sys.argv[1:], tyro))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): use a smaller --batch, a larger --accumulate, "
+              "--gradient_checkpointing or --lora 64", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+
+def parse(config: type[RunConfig], argv: list[str], tyro) -> RunConfig:
+    """`--recipe NAME` fills the defaults; flags given beside it win and are listed as deviations, the global batch first."""
+    name = next((argv[i + 1] if a == "--recipe" else a.split("=", 1)[1] for i, a in enumerate(argv)
+                 if (a == "--recipe" and i + 1 < len(argv)) or a.startswith("--recipe=")), "")
+    if name and name not in config.recipes:
+        raise UserError(f"unknown --recipe {name!r}: this script has {', '.join(sorted(config.recipes)) or 'none'}")
+    preset = {k: v for k, v in config.recipes.get(name, {}).items() if k != "source"}
+    cfg = tyro.cli(config, args=argv, default=config(**preset), description=(sys.modules[config.__module__].__doc__ or "").strip().split("\n\n")[0])
+    if name:
+        rows = [(k, v, getattr(cfg, k)) for k, v in preset.items() if getattr(cfg, k) != v]
+        rows.sort(key=lambda r: r[0] != "batch")
+        print(f"recipe {name}: {config.recipes[name]['source']}", file=sys.stderr)
+        for k, theirs, ours in rows:
+            print(f"  deviates: {k} = {ours} (recipe {theirs})", file=sys.stderr)
+    return cfg

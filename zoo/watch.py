@@ -1,0 +1,220 @@
+"""Watching a student while it trains: grids beside the teacher on the same noise, measurement on fixed noise, health, export.
+
+Score (the rule by which the best student is chosen): mean over the contract's step counts of the kernel distance between the
+student's samples and the teacher's many-step samples under the same conditions, in one named feature space. Lower is better."""
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+
+from . import metrics, rollout
+from .grid import grid
+from .health import Health, saturation
+
+TEACHER_STEPS = 25
+PROMPTS, SEEDS = 16, 4
+
+
+class FirstTimeZero:
+    """A two-time net read as a consistency student: r = 0 always (what the exported fold is)."""
+
+    def __init__(self, net):
+        self.net, self.process = net, net.process
+
+    def __call__(self, x, t, cond, *, to="x0", logits=False):
+        return self.net(x, t, cond, r=torch.zeros_like(t), to=to)
+
+
+class Watcher:
+    """Made by `Run.watch`. times: process times of the student, noise to data; rule: see rollout.sample;
+    two_time: the student is a two-time net, watched and exported through its r = 0 fold."""
+
+    def __init__(self, run, student, times, rule: str, two_time: bool = False, guidance: float = 1.0):
+        from .hub.contract import knots_for
+        self.run, self.student, self.rule, self.two_time, self.guidance = run, student, rule, two_time, guidance
+        self.net = run.average(student, run.cfg.ema)
+        self.times = torch.as_tensor(times, dtype=torch.float64)
+        process = student.process
+        base = getattr(student.net, "net", student.net).process          # the exported network's own path
+        self.base_times = base.time(process.angle(self.times)) if base is not process else self.times
+        self.knots = knots_for(self.base_times.tolist(), base, rule)
+        self.trained = {k: self.times[:: len(self.times) // k] for k in self.knots}
+        self.health = Health()
+        self.last: dict = {}
+
+    # ------------------------------------------------------------------------------------------------ sampling
+    def _noise(self, n: int):
+        g = torch.Generator().manual_seed(20_26)
+        fixed = [torch.randn(n, *self.run.model.shape, generator=g).to(self.run.device) for _ in range(1 + len(self.times))]
+        return fixed[0], lambda steps=iter(fixed[1:]): next(steps)
+
+    def _conditions(self, n: int, examples):
+        part = lambda d: {k: v[:n].to(self.run.device) for k, v in d.items()}
+        cond = part(examples.cond)
+        if getattr(self.student.net, "slot", None) == "guidance":
+            cond["guidance"] = torch.full((n,), self.guidance, device=self.run.device)
+        return cond, part(examples.uncond)
+
+    def sample(self, k: int, n: int, examples) -> torch.Tensor:
+        """Student samples [n, *shape] with k steps, fixed noise."""
+        noise, fresh = self._noise(n)
+        net = FirstTimeZero(self.net) if self.two_time else self.net
+        return rollout.sample(net, noise, self._conditions(n, examples)[0], self.trained[k], self.rule, fresh)
+
+    def teach(self, steps: int, n: int, examples, guidance: float | None = None) -> torch.Tensor:
+        """Teacher samples [n, *shape] by the ODE in `steps` steps, fixed noise; guidance 0 samples the unconditional."""
+        w = self.run.model.guidance if guidance is None else guidance
+        cond, uncond = self._conditions(n, examples)
+        cond.pop("guidance", None)
+        times = self.run.model.process.t_max * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+        return rollout.sample(self.run.model.teacher, self._noise(n)[0], cond, times, "ode", uncond=uncond, guidance=w)
+
+    # ------------------------------------------------------------------------------------------------ the run's calls
+    def begin(self):
+        """Teacher references, once per process."""
+        run, model = self.run, self.run.model
+        if run.rank:
+            return
+        name = "flat" if model.family == "toy" else "fashionnet" if model.name == "fashion" else metrics.default_feature_space()
+        self.space, self.features = name, metrics.feature_space(name)
+        self.examples = model.examples(PROMPTS, SEEDS)
+        self.n = len(self.examples.names)
+        latents = self.teach(TEACHER_STEPS, self.n, self.examples)
+        self.reference = self._pictures(latents)
+        self.reference_features = self.features(self.reference)
+        self.reference_diversity = metrics.diversity(self._by_prompt(latents))
+        first = min(16, self.n)
+        self.guides = [latents[:first]] + [self.teach(TEACHER_STEPS, first, self.examples, w) for w in (1.0, 0.0)]
+        shown = list(range(0, self.n, SEEDS))[:8]
+        self.rows = [(f"teacher {TEACHER_STEPS} steps", self.reference[shown]), ("teacher 1 step", model.decode(self.teach(1, self.n, self.examples))[shown])]
+        self.shown = shown
+
+    def _pictures(self, latents):
+        return latents.float() if self.space == "flat" else self.run.model.decode(latents)
+
+    def _by_prompt(self, latents):
+        return latents.reshape(-1, SEEDS, *latents.shape[1:])
+
+    def step(self):
+        """Called after every student step."""
+        run = self.run
+        due = [f for f in ("sample", "measure") if run._due(getattr(run.cfg, f"{f}_every"))]
+        if due and run.rank == 0:
+            latents = {k: self.sample(k, self.n, self.examples) for k in self.knots}
+            if "sample" in due:
+                self.draw(latents)
+            if "measure" in due:
+                self.measure(latents)
+        if due:
+            run.accelerator.wait_for_everyone()
+
+    def draw(self, latents):
+        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", self.run.model.decode(x)[self.shown]) for k, x in latents.items()]
+        grid(rows, self.run.out / "samples" / f"step-{self.run.step:07d}.png", [self.examples.names[i] for i in self.shown])
+
+    def measure(self, latents) -> float:
+        """Score, log, health; keep the weights when they are the best so far."""
+        run = self.run
+        rows = {}
+        for k, x in latents.items():
+            pictures = self._pictures(x)
+            rows[k] = {f"kid_{self.space}": metrics.kid(self.features(pictures), self.reference_features).value,
+                       "diversity": metrics.diversity(self._by_prompt(x)) / self.reference_diversity,
+                       "saturation": saturation(pictures)}
+        score = sum(r[f"kid_{self.space}"] for r in rows.values()) / len(rows)
+        values = {f"measure/{name}@{k}": v for k, r in rows.items() for name, v in r.items()}
+        run.log(values | {"measure/score": score})
+        self.last = {"score": score, "step": run.step, "rows": rows}
+        k = max(latents)
+        first = len(self.guides[0])
+        teacher, unguided, uncond = self.guides
+        warnings = self.health.samples(student=latents[k][:first], teacher=teacher, teacher_unguided=unguided, teacher_uncond=uncond,
+                                       student_images=self._pictures(latents[k]), teacher_images=self.reference,
+                                       seeds=SEEDS, guidance=run.model.guidance)
+        self.warn(warnings)
+        if score < run.best[0]:
+            run.best = (score, run.step)
+            from .run import save_tensors
+            (run.out / "best").mkdir(exist_ok=True)
+            save_tensors(self.weights(), run.out / "best" / "student.safetensors")
+        return score
+
+    def losses(self, means: dict):
+        """Scalars of a logging step, for the health rules that need no samples."""
+        self.warn(self.health.scalars(self.run.step, means))
+
+    def warn(self, warnings):
+        for w in warnings:
+            self.run.log({"warning": w.name, "remedy": w.remedy})
+            if self.run.rank == 0:
+                print(f"\nwarning: {w}", file=sys.stderr)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What would be exported now: the average, or the student's own parameters."""
+        values = self.student.averages[0][1] if self.student.averages else self.student.params
+        return {n: v.detach() for n, v in values.items() if not n.startswith("head.")}
+
+    def summary(self) -> dict:
+        return {"score": f"{self.last['score']:.3g}@{self.last['step']}"} if self.last else {}
+
+    def state(self):
+        return {"last": self.last, "health": self.health.state()}
+
+    def restore(self, state):
+        if state:
+            self.last = state["last"]
+            self.health.restore(state["health"])
+
+    # ------------------------------------------------------------------------------------------------ the end
+    def finish(self):
+        """Choose the student, measure it beside the teacher, export folder and card, push if asked."""
+        run, cfg = self.run, self.run.cfg
+        if run.rank == 0:
+            if cfg.measure_every and self.last.get("step") != run.step:
+                latents = {k: self.sample(k, self.n, self.examples) for k in self.knots}
+                self.draw(latents)
+                self.measure(latents)
+            weights, step = self.weights(), run.step
+            if cfg.export == "best" and run.best[1] > 0:
+                from safetensors.torch import load_file
+                weights, step = {n: v.to(run.device) for n, v in load_file(run.out / "best" / "student.safetensors").items()}, run.best[1]
+            self.net = self.student.net.reading(weights)
+            self.export(step)
+        run.accelerator.wait_for_everyone()
+
+    def table(self) -> list[dict]:
+        """Teacher and student at their step counts: kernel distance to the teacher's many-step samples, diversity, time."""
+        rows = []
+        def row(who, steps, calls, make):
+            began = time.perf_counter()
+            latents = make()
+            pictures = self._pictures(latents)
+            seconds = (time.perf_counter() - began) / self.n
+            kid = metrics.kid(self.features(pictures), self.reference_features)
+            rows.append({"who": who, "steps": steps, "calls": calls, f"kid_{self.space}": kid.value, "low": kid.low, "high": kid.high,
+                         "diversity": metrics.diversity(self._by_prompt(latents)) / self.reference_diversity, "seconds_per_image": seconds})
+        per_step = 1 if self.run.model.guidance == 1 else 2
+        for steps in sorted({*self.knots, 8}, reverse=True):
+            row("teacher", steps, steps * per_step, lambda: self.teach(steps, self.n, self.examples))
+        for k in self.knots:
+            row("student", k, k, lambda: self.sample(k, self.n, self.examples))
+        return rows
+
+    def export(self, step: int):
+        from .hub.export import export_run
+        run = self.run
+        measured = self.table()
+        latents = {k: self.sample(k, self.n, self.examples) for k in self.knots}
+        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", run.model.decode(x)[self.shown]) for k, x in latents.items()]
+        picture = grid(rows, columns=[self.examples.names[i] for i in self.shown])
+        facts = {"measured": measured, "space": self.space, "samples": self.n, "exported_step": step, "score": run.best[0],
+                 "seconds": run.elapsed, "steps": run.step, "prompts": [self.examples.names[i] for i in self.shown]}
+        (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
+        folder = export_run(run, self.net, self.base_times.tolist(), self.rule, facts, picture, guidance=self.guidance)
+        print(f"student (step {step}) -> {folder}\n  DiffusionPipeline.from_pretrained({str(folder)!r})", file=sys.stderr)
+        if run.cfg.push_to_hub:
+            from .hub.publish import push
+            print(f"pushed: {push(folder, run.cfg.push_to_hub)}", file=sys.stderr)
