@@ -99,7 +99,9 @@ def main(cfg: Config) -> None:
         save(cfg, ema, scheduler)
 
     Path(cfg.log).parent.mkdir(parents=True, exist_ok=True)
-    log = open(cfg.log, "a" if step else "w")
+    lines = Path(cfg.log).read_text().splitlines() if step and Path(cfg.log).exists() else []
+    log = open(cfg.log, "w")
+    log.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)  # forget what came after the checkpoint
     start = stored = time.monotonic()
     total, mean, count = 60 * cfg.minutes, 0.0, 0
     while (seconds := before + time.monotonic() - start) < total:

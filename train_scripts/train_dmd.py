@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 
 from zoo import backbones, critics, losses, rollout, times
+from zoo.health import critic_fit
 from zoo.process import per_sample
 from zoo.run import Run, RunConfig, cli
 
@@ -56,7 +57,7 @@ def dmd_direction(x, x_t, t, cond, uncond, real, fake, guidance):
         x_real = losses.guided(real, x_t, t, cond, uncond, guidance)
         x_fake = fake(x_t, t, cond)
         scale = losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5)
-        return per_sample(1 / scale, x) * (x_real - x_fake), losses.per_sample_mean((x_real - x_fake).abs()) / scale
+        return per_sample(1 / scale, x) * (x_real - x_fake), critic_fit(x, x_real, x_fake)
 
 
 def main(cfg: Config) -> Run:
@@ -94,11 +95,11 @@ def main(cfg: Config) -> Run:
     def student_loss(batch):
         x = G(*student_input(batch), batch.cond)
         x_t, t = renoised(batch, x)
-        direction, ratio = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance)
+        direction, health = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance)
         loss = losses.along(x, direction)
         if cfg.gan:
             loss = loss + cfg.gan * critics.generator(fake(x_t, t, batch.cond, logits=True)[1])
-        return {"loss": loss, "norm_ratio": ratio.mean()}
+        return {"loss": loss, **health}
 
     for _ in run.loop():
         for _ in range(cfg.critic_updates):

@@ -1,8 +1,9 @@
 """Is the training well? For alternating score distillation, whose losses do not say.
 
-`Health` turns scalars (at logging steps) and image batches (at sampling steps) into named warnings, each with its
-remedy. It never touches the training. Every rule compares with the teacher or with an identity that holds for an
-optimal critic, not with a number from somebody's run; thresholds are arguments and are stated with the rules.
+`Health` turns scalars (at logging steps) and image batches (at sampling steps) into named warnings, each
+with its remedy. It never touches the training. Every rule compares with the teacher or with an identity
+that holds for an optimal critic, not with a number from somebody's run; thresholds are arguments and are
+stated with the rules.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from torch import Tensor
 
 from zoo.metrics import diversity as seed_diversity
 
-__all__ = ["Health", "HealthWarning", "contrast", "critic_fit", "exploding", "guidance_strength", "saturation",
-           "seed_diversity"]
+__all__ = ["Health", "HealthWarning", "contrast", "critic_fit", "exploding", "guidance_applied",
+           "guidance_strength", "saturation", "seed_diversity"]
 
 REMEDIES = {
-    "critic lagging": "more critic updates per student update, or a higher critic or lower student learning rate",
+    "critic lagging": "more critic updates per student update, a higher critic or lower student rate",
     "mode collapse": "lower the student learning rate or the guidance; add the GAN or a regression loss, "
                      "or more critic updates",
     "oversaturation": "lower the guidance; check the latent scaling factor and that images are in [-1, 1]",
-    "wrong guidance convention": "D_w = D_uncond + w (D_cond - D_uncond), w = 1 meaning none: check w against 1 + w "
-                                 "and the order of cond and uncond",
+    "wrong guidance convention": "use D_w = D_uncond + w (D_cond - D_uncond), w = 1 meaning none: "
+                                 "check w against 1 + w and the order of cond and uncond",
 }
 
 
@@ -44,7 +45,7 @@ class HealthWarning:
         return f"{self.name} (step {self.step}): {self.finding}. Remedy: {self.remedy}"
 
 
-# -- what is measured -------------------------------------------------------------------------------------------
+# -- what is measured -----------------------------------------------------------------------------------
 
 
 def saturation(images: Tensor) -> float:
@@ -57,36 +58,42 @@ def contrast(images: Tensor) -> float:
     return images.float().clamp(-1, 1).flatten(1).std(1).mean().item()
 
 
-def critic_fit(x: Tensor, x_real: Tensor, x_fake: Tensor) -> dict[str, float]:
-    """Three ratios from tensors a student update has anyway: student samples x, and the clean-image estimates of
-    teacher (guided or not) and critic at x_t, each [B, ...].
+def critic_fit(x: Tensor, x_real: Tensor, x_fake: Tensor) -> dict[str, Tensor]:
+    """Three ratios (0-d tensors) from what a student update has anyway: student samples x, and the clean-image
+    estimates of teacher (guided or not) and critic at x_t, each [B, ...].
 
-    gap      |x_fake - x_real| / |x - x_real|: how far critic and teacher disagree.
-    relative |x - x_fake|^2 / |x - x_real|^2: critic's denoising error over the teacher's, on the same samples.
-    misfit   cosine of (x - x_fake) and (x_fake - x_real). An optimal critic is E[x | x_t], whose residual is
-             orthogonal to every function of x_t: then misfit = 0 and gap^2 + relative = 1 whatever the teacher and
-             the guidance. Positive: the critic has yet to go on the way it is going; negative: it is stale, or overshot.
-    Norms run over the whole batch: per-sample ratios would break the identity.
+    gap       |x_fake - x_real| / |x - x_real|: how far critic and teacher disagree
+    relative  |x - x_fake|^2 / |x - x_real|^2: the critic's denoising error over the teacher's, on these samples
+    misfit    cosine of (x - x_fake) and (x_fake - x_real)
+
+    An optimal critic is E[x | x_t], whose residual is orthogonal to every function of x_t: then misfit = 0 and
+    gap^2 + relative = 1, whatever the teacher and the guidance. A positive misfit: the critic has yet to go on
+    the way it is going; a negative one: it is stale, or overshot. Norms run over the whole batch: per-sample
+    ratios would break the identity.
     """
     x, x_real, x_fake = (v.detach().float() for v in (x, x_real, x_fake))
     gap, residual, reference = x_fake - x_real, x - x_fake, x - x_real
     tiny = torch.finfo(torch.float32).tiny
-    return {"gap": (gap.norm() / reference.norm().clamp(min=tiny)).item(),
-            "relative": (residual.square().sum() / reference.square().sum().clamp(min=tiny)).item(),
-            "misfit": ((residual * gap).sum() / (residual.norm() * gap.norm()).clamp(min=tiny)).item()}
+    return {"gap": gap.norm() / reference.norm().clamp(min=tiny),
+            "relative": residual.square().sum() / reference.square().sum().clamp(min=tiny),
+            "misfit": (residual * gap).sum() / (residual.norm() * gap.norm()).clamp(min=tiny)}
 
 
 def guidance_strength(student: Tensor, guided: Tensor, plain: Tensor, uncond: Tensor, guidance: float
                       ) -> tuple[float, float] | None:
-    """The guidance at which the student appears to sample, with its standard error; None where it cannot be told.
+    """The guidance at which the student appears to sample, with its standard error; or None.
 
-    Four batches [P, S, ...] of images or latents, P >= 4 prompts and S >= 2 seeds (one noise per seed): the student,
-    the teacher at the declared guidance w, at w = 1, and without condition. With m_. the mean over seeds minus the
-    unconditional mean, c = <m_student, m_guided> / <m_guided, m_guided>, summed over prompts; only products of
-    different seeds enter, so neither noise nor a kept noise-to-image map biases it. c is 0 for unconditional samples
-    and 1 at w; the teacher's own w = 1 batch gives a third point of the ruler, which is linear between and beyond.
-    A student trained with 1 + w reads w + 1, one without guidance 1, one with cond and uncond swapped 1 - w.
-    The error is a jackknife over prompts. None: w < 1, or guidance does not move the teacher's means along one line.
+    Four batches [P, S, ...] of images or latents, P >= 4 prompts and S >= 2 seeds (one noise per seed): the
+    student, the teacher at the declared guidance w, at w = 1, and without condition. With m_. the mean over
+    seeds minus the unconditional mean, c = <m_student, m_guided> / <m_guided, m_guided>, summed over
+    prompts; only products of different seeds enter, so neither noise nor a kept noise-to-image map biases
+    it. c is 0 for unconditional samples and 1 at w; the teacher's own w = 1 batch gives a third point of
+    the ruler, which is linear between and beyond.
+
+    In a linear world a student trained with 1 + w reads w + 1, one without guidance 1, one with cond and uncond
+    swapped 1 - w. Distribution matching overshoots guided sampling (w = 3 on eight separated modes reads 5 to
+    8), so a high reading proves no wrong convention; a low or negative one does. The error is a jackknife over
+    prompts. None: w < 1, or guidance does not move the teacher's means along one line.
     """
     prompts, seeds = student.shape[:2]
     if prompts < 4 or seeds < 2 or guidance < 1:
@@ -112,39 +119,50 @@ def guidance_strength(student: Tensor, guided: Tensor, plain: Tensor, uncond: Te
 
     value = read(sums.sum(1))
     left_out = [read(sums.sum(1) - sums[:, i]) for i in range(prompts)]
-    error = ((prompts - 1) * statistics.pvariance(left_out)) ** 0.5 if all(map(math.isfinite, left_out)) else math.nan
-    return (value, error) if math.isfinite(value) and math.isfinite(error) else None
+    if not all(map(math.isfinite, [value, *left_out])):
+        return None
+    return value, ((prompts - 1) * statistics.pvariance(left_out)) ** 0.5
+
+
+def guidance_applied(x_real: Tensor, x_cond: Tensor, x_uncond: Tensor) -> float:
+    """The w of D_w = D_uncond + w (D_cond - D_uncond) that the guided teacher output x_real was made with,
+    by least squares over the batch: exact. x_cond and x_uncond are the teacher's own outputs at the same
+    x_t, t."""
+    direction = (x_cond - x_uncond).double()
+    return (((x_real - x_uncond).double() * direction).sum() / direction.square().sum().clamp(min=1e-30)).item()
 
 
 def exploding(history: Sequence[float], factor: float = 1e3, least: int = 8) -> bool:
-    """Whether the last of a loss history is finite and above `factor` times the median magnitude of those before
-    it (at least `least` of them)."""
+    """Whether the last of a loss history is finite and above `factor` times the median magnitude of those
+    before it (at least `least` of them)."""
     *before, last = (abs(float(v)) for v in history) if len(history) > least else (math.nan,)
     return math.isfinite(last) and last > factor * statistics.median(before)
 
 
-# -- the rules --------------------------------------------------------------------------------------------------
+# -- the rules ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Health:
-    """Rules with memory. Each call returns the warnings that have newly begun; `active` holds those still standing.
+    """Rules with memory. Each call returns the warnings that newly begin; `active` holds those still standing.
 
-    critic lagging, from medians over the last `window` logged steps, any of:
-        |misfit| > 0.3 and critic loss > 2 x floor           the critic's error is systematic, not noise
-        relative > 0.5 and critic loss > 10 x floor          the student left, the critic hardly knows more than the teacher
-        gap < 0.001                                          the critic still is the teacher
-      The floor is the teacher's own denoising loss on data (same times and weights) where given, else the lowest
-      critic loss so far. A high gap or a rising critic loss alone is no illness: with guidance 3 a healthy
+    critic lagging: by medians over the last `window` logged steps, any of
+        |misfit| > 0.3 and critic loss > 2 x floor       its error is systematic, not noise
+        relative > 0.5 and critic loss > 10 x floor      the critic knows little more than the teacher
+        gap < 0.001                                      it still is the teacher
+      The floor is the teacher's own denoising loss on data (same times and weights) where given, else the
+      lowest critic loss so far. A high gap or a rising critic loss alone is no illness: with guidance 3 a healthy
       run has gap 0.99, and sharper samples are harder to denoise.
-    mode collapse     seed diversity below 0.3 of the teacher's on the same prompts. Silent where the teacher's own is
-                      below 0.02 (a teacher that has memorised its prompts).
-    oversaturation    a fifth of the values that the teacher leaves unsaturated are at |x| > 0.98, and contrast is above
-                      1.1 x the teacher's.
-    wrong guidance convention   `guidance_strength` off the declared w by more than max(0.75, w / 4) and by more than
-                      three standard errors. From w = 4 on an off-by-one is within the tolerance; a swap never is.
+    mode collapse: seed diversity below 0.3 of the teacher's on the same prompts. Silent where the teacher's own
+      is below 0.02 (a teacher that has memorised its prompts).
+    oversaturation: a fifth of the values that the teacher leaves unsaturated are at |x| > 0.98, and contrast is
+      above 1.1 x the teacher's.
+    wrong guidance convention: `guidance_strength` below the declared w by more than max(0.75, w / 4) and three
+      standard errors: swapped, missing, or (below w = 4) one too little. Too much cannot be read off samples;
+      `applied` checks the teacher's guided output itself, to within 0.05.
     The image rules sleep for the first `warmup` steps and want two samplings in a row; collapse and too little
-    guidance also want no recovery (10 %) between them, since a student starts from the teacher's blurred one-step images.
+    guidance also want no recovery (10 %) in between, since a student starts from the teacher's blurred one-step
+    images.
     """
 
     window: int = 10
@@ -160,10 +178,11 @@ class Health:
 
     def scalars(self, step: int, *, critic_loss: float, gap: float, relative: float, misfit: float,
                 floor: float | None = None) -> list[HealthWarning]:
-        """One logged step: the critic's denoising loss and `critic_fit` (as they are or averaged since the last)."""
+        """One logged step: the critic's denoising loss and `critic_fit` (as they are or averaged since the
+        last)."""
         self._lowest = min(self._lowest, critic_loss)
-        self._trace = [*self._trace, {"loss": critic_loss, "gap": gap, "relative": relative, "misfit": misfit}]
-        self._trace = self._trace[-self.window:]
+        row = {"loss": critic_loss, "gap": gap, "relative": relative, "misfit": misfit}
+        self._trace = [*self._trace, row][-self.window:]
         if len(self._trace) < self.window:
             return []
         m = {key: statistics.median(row[key] for row in self._trace) for key in self._trace[0]}
@@ -172,14 +191,14 @@ class Health:
         if m["gap"] < 1e-3:
             found = f"the critic has not left the teacher (gap {m['gap']:.1e})"
         elif abs(m["misfit"]) > self.misfit and excess > 2:
-            found = f"its error is systematic (misfit {m['misfit']:+.2f}, 0 is optimal), loss {excess:.1f} x floor"
+            found = f"systematic error (misfit {m['misfit']:+.2f}, 0 is optimal), loss {excess:.1f} x floor"
         elif m["relative"] > 0.5 and excess > 10:
-            found = f"it denoises samples at {m['relative']:.2f} of the teacher's error, loss {excess:.1f} x floor"
+            found = f"its error is {m['relative']:.2f} of the teacher's on samples, loss {excess:.1f} x floor"
         return self._report("critic lagging", step, found)
 
     def samples(self, step: int, student: Tensor, teacher: Tensor) -> list[HealthWarning]:
-        """One sampling: images [P prompts, S >= 2 seeds, C, H, W] of the student and of the many-step teacher at
-        the declared guidance, on the same prompts."""
+        """One sampling: images [P prompts, S >= 2 seeds, C, H, W] of the student and of the many-step
+        teacher at the declared guidance, on the same prompts."""
         if step < self.warmup:
             return []
         spread, target = seed_diversity(student), seed_diversity(teacher)
@@ -189,21 +208,32 @@ class Health:
         share = (high - low) / max(1 - low, 1e-6)
         strength = contrast(student.flatten(0, 1)) / max(contrast(teacher.flatten(0, 1)), 1e-6)
         clipped = share > self.clipped and strength > self.contrast
-        return self._report("mode collapse", step, self._twice("mode collapse", collapsed, ratio, rising_is_recovery=True)
-                            and f"seed diversity is {ratio:.2f} of the teacher's") + \
-            self._report("oversaturation", step, self._twice("oversaturation", clipped, share)
-                         and f"{high:.0%} of values at the ends of the range, teacher {low:.0%}; contrast x {strength:.2f}")
+        found = {
+            "mode collapse": self._twice("mode collapse", collapsed, ratio, rising_is_recovery=True)
+            and f"seed diversity is {ratio:.2f} of the teacher's",
+            "oversaturation": self._twice("oversaturation", clipped, share)
+            and f"{high:.0%} of values at the ends of the range, teacher {low:.0%}; contrast x {strength:.2f}",
+        }
+        return [w for name, text in found.items() for w in self._report(name, step, text)]
 
-    def guidance(self, step: int, student: Tensor, guided: Tensor, plain: Tensor, uncond: Tensor, guidance: float
-                 ) -> list[HealthWarning]:
+    def applied(self, step: int, x_real: Tensor, x_cond: Tensor, x_uncond: Tensor, guidance: float
+                ) -> list[HealthWarning]:
+        """`guidance_applied` against the declared guidance, on any one batch; certain, so it needs no
+        warm-up."""
+        value = guidance_applied(x_real, x_cond, x_uncond)
+        found = abs(value - guidance) > 0.05 and f"the teacher is guided by {value:.2f}, declared {guidance:g}"
+        return self._report("wrong guidance convention", step, found)
+
+    def guidance(self, step: int, student: Tensor, guided: Tensor, plain: Tensor, uncond: Tensor,
+                 guidance: float) -> list[HealthWarning]:
         """One sampling of the four batches of `guidance_strength`."""
         reading = guidance_strength(student, guided, plain, uncond, guidance) if step >= self.warmup else None
         if reading is None:
             return []
         value, error = reading
-        wrong = abs(value - guidance) > max(0.75, guidance / 4, 3 * error)
+        wrong = guidance - value > max(0.75, guidance / 4, 3 * error)
         name = "wrong guidance convention"
-        found = self._twice(name, wrong, value, rising_is_recovery=value < guidance)
+        found = self._twice(name, wrong, value, rising_is_recovery=True)
         return self._report(name, step, found and f"samples look like guidance {value:.2f} +- {error:.2f}, "
                                                   f"declared {guidance:g}")
 
@@ -226,5 +256,6 @@ class Health:
                 "lowest": self._lowest if math.isfinite(self._lowest) else None}
 
     def load_state_dict(self, state: dict) -> None:
-        self.active, self._trace, self._before = set(state["active"]), list(state["trace"]), dict(state["before"])
+        self.active, self._trace = set(state["active"]), list(state["trace"])
+        self._before = dict(state["before"])
         self._lowest = math.inf if state["lowest"] is None else state["lowest"]

@@ -1,7 +1,7 @@
 """Watching a student while it trains: grids beside the teacher on the same noise, measurement on fixed noise, health, export.
 
-Score (the rule by which the best student is chosen): mean over the contract's step counts of the kernel distance between the
-student's samples and the teacher's many-step samples under the same conditions, in one named feature space. Lower is better."""
+Score (the rule by which the best student is chosen): mean over the contract's step counts of the conditional kernel distance between
+the student's samples and the teacher's many-step samples, prompt by prompt, in one named feature space. Lower is better."""
 from __future__ import annotations
 
 import json
@@ -18,6 +18,19 @@ TEACHER_STEPS = 25
 PROMPTS, SEEDS = 16, 4
 
 
+def conditional_kid(x: torch.Tensor, y: torch.Tensor) -> metrics.Interval:
+    """Mean over prompts of the unbiased squared MMD (x 1000, kernel (x . y / d + 1)^3 as in KID) between the seeds of one prompt.
+
+    x, y: features [P, S, D]. Comparing prompt by prompt measures adherence too, and stays unbiased where pooled KID, which
+    assumes independent samples, would count each prompt's own likeness. The interval is 1.96 standard errors over prompts."""
+    x, y = x.double(), y.double()
+    kernel = lambda a, b: (a @ b.transpose(1, 2) / a.shape[2] + 1) ** 3
+    off = lambda k: (k.sum((1, 2)) - k.diagonal(dim1=1, dim2=2).sum(1)) / (k.shape[1] * (k.shape[1] - 1))
+    each = 1000 * (off(kernel(x, x)) + off(kernel(y, y)) - 2 * kernel(x, y).mean((1, 2)))
+    error = 1.96 * each.std().item() / len(each) ** 0.5
+    return metrics.Interval(each.mean().item(), each.mean().item() - error, each.mean().item() + error)
+
+
 class FirstTimeZero:
     """A two-time net read as a consistency student: r = 0 always (what the exported fold is)."""
 
@@ -32,22 +45,23 @@ class Watcher:
     """Made by `Run.watch`. times: process times of the student, noise to data; rule: see rollout.sample;
     two_time: the student is a two-time net, watched and exported through its r = 0 fold."""
 
-    def __init__(self, run, student, times, rule: str, two_time: bool = False, guidance: float = 1.0):
-        from .hub.contract import knots_for
+    def __init__(self, run, student, times, rule: str, two_time: bool = False, guidance: float = 1.0,
+                 guidance_range: tuple[float, float] | None = None):
+        from .hub.contract import contract_for
         self.run, self.student, self.rule, self.two_time, self.guidance = run, student, rule, two_time, guidance
         self.net = run.average(student, run.cfg.ema)
         self.times = torch.as_tensor(times, dtype=torch.float64)
         process = student.process
         base = getattr(student.net, "net", student.net).process          # the exported network's own path
         self.base_times = base.time(process.angle(self.times)) if base is not process else self.times
-        self.knots = knots_for(self.base_times.tolist(), base, rule)
-        self.trained = {k: self.times[:: len(self.times) // k] for k in self.knots}
+        self.contract = contract_for(run.model, self.base_times.tolist(), rule, guidance=guidance, guidance_range=guidance_range)
+        self.trained = {k: self.times[:: len(self.times) // k] for k in self.contract.knots}
         self.health = Health()
         self.last: dict = {}
 
     # ------------------------------------------------------------------------------------------------ sampling
-    def _noise(self, n: int):
-        g = torch.Generator().manual_seed(20_26)
+    def _noise(self, n: int, seed: int = 2026):
+        g = torch.Generator().manual_seed(seed)
         fixed = [torch.randn(n, *self.run.model.shape, generator=g).to(self.run.device) for _ in range(1 + len(self.times))]
         return fixed[0], lambda steps=iter(fixed[1:]): next(steps)
 
@@ -64,13 +78,13 @@ class Watcher:
         net = FirstTimeZero(self.net) if self.two_time else self.net
         return rollout.sample(net, noise, self._conditions(n, examples)[0], self.trained[k], self.rule, fresh)
 
-    def teach(self, steps: int, n: int, examples, guidance: float | None = None) -> torch.Tensor:
+    def teach(self, steps: int, n: int, examples, guidance: float | None = None, seed: int = 2026) -> torch.Tensor:
         """Teacher samples [n, *shape] by the ODE in `steps` steps, fixed noise; guidance 0 samples the unconditional."""
         w = self.run.model.guidance if guidance is None else guidance
         cond, uncond = self._conditions(n, examples)
         cond.pop("guidance", None)
         times = self.run.model.process.t_max * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-        return rollout.sample(self.run.model.teacher, self._noise(n)[0], cond, times, "ode", uncond=uncond, guidance=w)
+        return rollout.sample(self.run.model.teacher, self._noise(n, seed)[0], cond, times, "ode", uncond=uncond, guidance=w)
 
     # ------------------------------------------------------------------------------------------------ the run's calls
     def begin(self):
@@ -82,18 +96,29 @@ class Watcher:
         self.space, self.features = name, metrics.feature_space(name)
         self.examples = model.examples(PROMPTS, SEEDS)
         self.n = len(self.examples.names)
-        latents = self.teach(TEACHER_STEPS, self.n, self.examples)
-        self.reference = self._pictures(latents)
+        # The score compares with teacher samples of other noise: shared noise would make the kernel distance negative.
+        reference = self.teach(TEACHER_STEPS, self.n, self.examples, seed=2027)
+        self.reference = self._pictures(reference)
         self.reference_features = self.features(self.reference)
-        self.reference_diversity = metrics.diversity(self._by_prompt(latents))
-        first = min(16, self.n)
-        self.guides = [latents[:first]] + [self.teach(TEACHER_STEPS, first, self.examples, w) for w in (1.0, 0.0)]
-        shown = list(range(0, self.n, SEEDS))[:8]
-        self.rows = [(f"teacher {TEACHER_STEPS} steps", self.reference[shown]), ("teacher 1 step", model.decode(self.teach(1, self.n, self.examples))[shown])]
-        self.shown = shown
+        self.reference_diversity = metrics.diversity(self._by_prompt(reference))
+        # On the student's own noise: the grid's rows, and the ruler of the guidance health rule.
+        half = self.n // 2
+        self.latents = self.teach(TEACHER_STEPS, half, self.examples)
+        self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 else None
+        self.shown = list(range(0, half, SEEDS))[:8]
+        self.rows = [(f"teacher {TEACHER_STEPS} steps", model.decode(self.latents[self.shown])),
+                     ("teacher 1 step", model.decode(self.teach(1, half, self.examples)[self.shown]))]
 
     def _pictures(self, latents):
         return latents.float() if self.space == "flat" else self.run.model.decode(latents)
+
+    @property
+    def distance_name(self) -> str:
+        return f"conditional_kid_{self.space}"
+
+    def distance(self, pictures) -> metrics.Interval:
+        """Conditional kernel distance of n pictures to the teacher's many-step samples."""
+        return conditional_kid(self._by_prompt(self.features(pictures)), self._by_prompt(self.reference_features))
 
     def _by_prompt(self, latents):
         return latents.reshape(-1, SEEDS, *latents.shape[1:])
@@ -103,7 +128,7 @@ class Watcher:
         run = self.run
         due = [f for f in ("sample", "measure") if run._due(getattr(run.cfg, f"{f}_every"))]
         if due and run.rank == 0:
-            latents = {k: self.sample(k, self.n, self.examples) for k in self.knots}
+            latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
             if "sample" in due:
                 self.draw(latents)
             if "measure" in due:
@@ -112,7 +137,7 @@ class Watcher:
             run.accelerator.wait_for_everyone()
 
     def draw(self, latents):
-        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", self.run.model.decode(x)[self.shown]) for k, x in latents.items()]
+        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", self.run.model.decode(x[self.shown])) for k, x in latents.items()]
         grid(rows, self.run.out / "samples" / f"step-{self.run.step:07d}.png", [self.examples.names[i] for i in self.shown])
 
     def measure(self, latents) -> float:
@@ -121,20 +146,20 @@ class Watcher:
         rows = {}
         for k, x in latents.items():
             pictures = self._pictures(x)
-            rows[k] = {f"kid_{self.space}": metrics.kid(self.features(pictures), self.reference_features).value,
+            rows[k] = {self.distance_name: self.distance(pictures).value,
                        "diversity": metrics.diversity(self._by_prompt(x)) / self.reference_diversity,
                        "saturation": saturation(pictures)}
-        score = sum(r[f"kid_{self.space}"] for r in rows.values()) / len(rows)
+        score = sum(r[self.distance_name] for r in rows.values()) / len(rows)
         values = {f"measure/{name}@{k}": v for k, r in rows.items() for name, v in r.items()}
         run.log(values | {"measure/score": score})
         self.last = {"score": score, "step": run.step, "rows": rows}
-        k = max(latents)
-        first = len(self.guides[0])
-        teacher, unguided, uncond = self.guides
-        warnings = self.health.samples(student=latents[k][:first], teacher=teacher, teacher_unguided=unguided, teacher_uncond=uncond,
-                                       student_images=self._pictures(latents[k]), teacher_images=self.reference,
-                                       seeds=SEEDS, guidance=run.model.guidance)
-        self.warn(warnings)
+        most = latents[max(latents)]
+        by = lambda x: self._by_prompt(self._pictures(x))
+        if self.space != "flat":
+            self.warn(self.health.samples(run.step, by(most), self._by_prompt(self.reference)))
+        if self.guides:
+            half = self.n // 2
+            self.warn(self.health.guidance(run.step, *(self._by_prompt(x[:half]) for x in (most, self.latents, *self.guides)), run.model.guidance))
         if score < run.best[0]:
             run.best = (score, run.step)
             from .run import save_tensors
@@ -144,7 +169,9 @@ class Watcher:
 
     def losses(self, means: dict):
         """Scalars of a logging step, for the health rules that need no samples."""
-        self.warn(self.health.scalars(self.run.step, means))
+        if "student/gap" in means:
+            self.warn(self.health.scalars(self.run.step, critic_loss=means["critic/denoising"],
+                                          **{k: means[f"student/{k}"] for k in ("gap", "relative", "misfit")}))
 
     def warn(self, warnings):
         for w in warnings:
@@ -161,12 +188,12 @@ class Watcher:
         return {"score": f"{self.last['score']:.3g}@{self.last['step']}"} if self.last else {}
 
     def state(self):
-        return {"last": self.last, "health": self.health.state()}
+        return {"last": self.last, "health": self.health.state_dict()}
 
     def restore(self, state):
         if state:
             self.last = state["last"]
-            self.health.restore(state["health"])
+            self.health.load_state_dict(state["health"])
 
     # ------------------------------------------------------------------------------------------------ the end
     def finish(self):
@@ -174,7 +201,7 @@ class Watcher:
         run, cfg = self.run, self.run.cfg
         if run.rank == 0:
             if cfg.measure_every and self.last.get("step") != run.step:
-                latents = {k: self.sample(k, self.n, self.examples) for k in self.knots}
+                latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
                 self.draw(latents)
                 self.measure(latents)
             weights, step = self.weights(), run.step
@@ -193,28 +220,53 @@ class Watcher:
             latents = make()
             pictures = self._pictures(latents)
             seconds = (time.perf_counter() - began) / self.n
-            kid = metrics.kid(self.features(pictures), self.reference_features)
-            rows.append({"who": who, "steps": steps, "calls": calls, f"kid_{self.space}": kid.value, "low": kid.low, "high": kid.high,
+            kid = self.distance(pictures)
+            rows.append({"who": who, "steps": steps, "calls": calls, self.distance_name: kid.value, "low": kid.low, "high": kid.high,
                          "diversity": metrics.diversity(self._by_prompt(latents)) / self.reference_diversity, "seconds_per_image": seconds})
         per_step = 1 if self.run.model.guidance == 1 else 2
-        for steps in sorted({*self.knots, 8}, reverse=True):
+        for steps in sorted({*self.trained, 8, TEACHER_STEPS}, reverse=True):
             row("teacher", steps, steps * per_step, lambda: self.teach(steps, self.n, self.examples))
-        for k in self.knots:
+        for k in self.trained:
             row("student", k, k, lambda: self.sample(k, self.n, self.examples))
         return rows
 
     def export(self, step: int):
-        from .hub.export import export_run
+        from .hub.card import write_card
+        from .hub.export import export_student
         run = self.run
         measured = self.table()
-        latents = {k: self.sample(k, self.n, self.examples) for k in self.knots}
-        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", run.model.decode(x)[self.shown]) for k, x in latents.items()]
+        latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
+        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", run.model.decode(x[self.shown])) for k, x in latents.items()]
         picture = grid(rows, columns=[self.examples.names[i] for i in self.shown])
         facts = {"measured": measured, "space": self.space, "samples": self.n, "exported_step": step, "score": run.best[0],
                  "seconds": run.elapsed, "steps": run.step, "prompts": [self.examples.names[i] for i in self.shown]}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
-        folder = export_run(run, self.net, self.base_times.tolist(), self.rule, facts, picture, guidance=self.guidance)
+        facts |= {"method": run.cfg.method, "config": run.describe(), "contract": self.contract, "lora": run.cfg.lora,
+                  "command": " ".join(["accelerate launch", *sys.argv]), "device": device_name(run.device), "chain": chain(run.cfg.init_student)}
+
+        def card(folder):
+            picture.save(folder / "grid.png")
+            write_card(folder, run.model, facts)
+        folder = export_student(run.model, self.net, run.out / "student", self.contract, lora_rank=run.cfg.lora, extra=card,
+                                facts={k: facts[k] for k in ("method", "chain", "exported_step", "steps")})
         print(f"student (step {step}) -> {folder}\n  DiffusionPipeline.from_pretrained({str(folder)!r})", file=sys.stderr)
         if run.cfg.push_to_hub:
             from .hub.publish import push
             print(f"pushed: {push(folder, run.cfg.push_to_hub)}", file=sys.stderr)
+
+
+def device_name(device) -> str:
+    """The hardware as a person would name it."""
+    import os
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+
+
+def chain(folder: str) -> list[str]:
+    """Methods and folders of the students this one was started from, oldest first."""
+    if not folder:
+        return []
+    from pathlib import Path
+
+    from .hub.export import read_record
+    record = read_record(Path(folder))[1]
+    return [*record.get("chain", []), f"{record.get('method', 'student')} ({folder})"]

@@ -72,7 +72,8 @@ class Backbone:
         if two_time and guidance_embedding:
             raise UserError("a network has one extra scalar input: choose two_time or guidance_embedding")
         module = self.module if lora else copy.deepcopy(self.module)
-        if two_time or guidance_embedding:
+        slot = "r" if two_time else "guidance" if guidance_embedding else None
+        if slot:
             add_slot(module)
         if lora:
             add_adapter(module, role, lora, self.lora_targets)
@@ -81,11 +82,10 @@ class Backbone:
         if gradient_checkpointing:
             checkpoint_activations(module)
         if init:
-            self.load_student(module, role if lora else None, init)
+            self.load_student(module, role if lora else None, init, slot)
         module.eval()         # dropout and batch statistics stay off in every role; gradients do not depend on the mode
         return Denoiser(module, self.process, self.pred, self.forward, role=role if lora else None,
-                        slot="r" if two_time else "guidance" if guidance_embedding else None,
-                        tap=self.tap, head=GanHead(*self.head_shape()) if head else None)
+                        slot=slot, tap=self.tap, head=GanHead(*self.head_shape()) if head else None)
 
     def head_shape(self) -> tuple[int, int | None]:
         """(channels, side) of the tapped feature map."""
@@ -103,10 +103,10 @@ class Backbone:
         """Samples [B, *shape] to images [B, 3 or 1, H, W] in [-1, 1]."""
         raise NotImplementedError
 
-    def load_student(self, module: nn.Module, role: str | None, folder: str) -> None:
+    def load_student(self, module: nn.Module, role: str | None, folder: str, slot: str | None) -> None:
         """Copy an exported student's weights (folder/unet, or its LoRA file for a LoRA run) into `module`."""
         from ..hub.export import read_student
-        read_student(self, module, role, Path(folder))
+        read_student(self, module, role, Path(folder), slot)
 
     def to(self, device) -> "Backbone":
         self.module.to(device)

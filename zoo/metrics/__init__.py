@@ -1,8 +1,8 @@
 """Measurement: pure functions of images and feature tensors. Nothing here needs the network.
 
-Distances are named after their feature space (`kid_efflite0`, `kid_pixels`, `kid_fashionnet`): values are only
-comparable within one space and one reference set, and none of them is FID or CLIP score (see `zoo.metrics.network`).
-Images are float tensors [N, C, H, W] in [-1, 1]; features are [N, D].
+Distances are named after their feature space (`kid_efflite0`, `kid_pixels`, `kid_fashionnet`): values are
+only comparable within one space and one reference set, and none of them is FID or CLIP score (see
+`zoo.metrics.network`). Images are float tensors [N, C, H, W] in [-1, 1]; features are [N, D].
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ class Interval(NamedTuple):
     high: float
 
 
-# -- feature spaces ---------------------------------------------------------------------------------------------
+# -- feature spaces -------------------------------------------------------------------------------------
 
 
 def pixels(images: Tensor) -> Tensor:
-    """A fixed 391-d description without a network: mean colours on grids of 8, 4, 2 and 1 cells a side, and mean
-    absolute horizontal and vertical luminance steps on grids of 8 and 2.
+    """A fixed 391-d description without a network: mean colours on grids of 8, 4, 2 and 1 cells a side, and
+    mean absolute horizontal and vertical luminance steps on grids of 8 and 2.
 
-    Scaled by constants so that both groups spread about 1 over natural 32x32 images. The steps are taken at the
-    images' own resolution (so blur and grain count): compare only images of one size. Grey counts as three channels.
+    Scaled by constants so that both groups spread about 1 over natural 32x32 images. The steps are taken at
+    the images' own resolution (so blur and grain count): compare only images of one size. Grey counts as
+    three channels.
     """
     x = images.float().clamp(-1, 1).expand(-1, 3, -1, -1)
     grey = x.mean(1, keepdim=True)
@@ -94,7 +95,7 @@ def default_feature_space(have_extra: bool | None = None) -> str:
     return "efflite0" if have_extra else "pixels"
 
 
-# -- distances --------------------------------------------------------------------------------------------------
+# -- distances ------------------------------------------------------------------------------------------
 
 
 def _gram_sums(x: Tensor, y: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
@@ -116,10 +117,10 @@ def kid(x_feats: Tensor, y_feats: Tensor) -> Interval:
     """Unbiased squared MMD times 1000 with the kernel (x . y / d + 1)^3 (Binkowski et al., ICLR 2018,
     https://arxiv.org/abs/1801.01401), in the given feature space: report it as `kid_<space>`.
 
-    x_feats [N, D], y_feats [M, D], N and M at least 3. All pairs are used (no random subsets, no seed); the value
-    may be negative where the sets agree. The 95 % interval is value -+ 1.96 standard errors of the two-sample
-    delete-one jackknife, computed exactly from the row sums. It treats images as independent draws: several
-    seeds of one prompt make it too narrow.
+    x_feats [N, D], y_feats [M, D], N and M at least 3. All pairs are used (no random subsets, no seed); the
+    value may be negative where the sets agree. The 95 % interval is value -+ 1.96 standard errors of the
+    two-sample delete-one jackknife, computed exactly from the row sums. It treats images as independent
+    draws: several seeds of one prompt make it too narrow.
     """
     n, m = len(x_feats), len(y_feats)
     if min(n, m) < 3:
@@ -141,16 +142,16 @@ def kid(x_feats: Tensor, y_feats: Tensor) -> Interval:
 
 
 def perceptual(x: Tensor, y: Tensor, size: int = 96) -> Tensor:
-    """`perceptual_efflite0` [N]: squared distance of channel-normalised EfficientNet-Lite0 block outputs, averaged
-    over positions and summed over five blocks. The form of LPIPS (Zhang et al., CVPR 2018) without its learnt
-    weights, so values are not comparable with LPIPS. Differentiable."""
+    """`perceptual_efflite0` [N]: squared distance of channel-normalised EfficientNet-Lite0 block outputs,
+    averaged over positions and summed over five blocks. The form of LPIPS (Zhang et al., CVPR 2018) without
+    its learnt weights, so values are not comparable with LPIPS. Differentiable."""
     total = 0
     for a, b in zip(efflite0.blocks(x, size), efflite0.blocks(y, size)):
         total = total + (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
     return total
 
 
-# -- agreement with the prompt ----------------------------------------------------------------------------------
+# -- agreement with the prompt --------------------------------------------------------------------------
 
 
 def _similarity(sample_feats: Tensor, data_feats: Tensor) -> Tensor:
@@ -163,8 +164,9 @@ def retrieval(sample_feats: Tensor, data_feats: Tensor, target_index: Tensor, k:
               ) -> dict[str, float]:
     """`retrieval@k`: share of samples whose prompted image is among the k most similar of the data set.
 
-    sample_feats [N, D], data_feats [M, D], target_index [N] (rows of the data). Similarity is the cosine centred
-    on the data. Ties share their mean rank, so a collapsed sampler scores chance and exact duplicates cost nothing.
+    sample_feats [N, D], data_feats [M, D], target_index [N] (rows of the data). Similarity is the cosine
+    centred on the data. Ties share their mean rank, so a collapsed sampler scores chance and exact
+    duplicates cost nothing.
     """
     similarity = _similarity(sample_feats, data_feats)
     target = torch.as_tensor(target_index, device=similarity.device)[:, None]
@@ -178,7 +180,8 @@ def nearest(sample_feats: Tensor, data_feats: Tensor) -> Tensor:
     return _similarity(sample_feats, data_feats).argmax(1)
 
 
-def nearest_label_accuracy(sample_feats: Tensor, data_feats: Tensor, data_labels: Sequence, labels: Sequence) -> float:
+def nearest_label_accuracy(sample_feats: Tensor, data_feats: Tensor, data_labels: Sequence,
+                           labels: Sequence) -> float:
     """Share of samples whose nearest image carries the label asked for (a style word, a class); labels of any
     comparable type, `data_labels` of length M, `labels` of length N."""
     index = nearest(sample_feats, data_feats).tolist()
@@ -192,14 +195,15 @@ def class_accuracy(images: Tensor, labels: Tensor) -> float:
     return classifier.accuracy(_classifier(str(images.device)), images.float(), labels)
 
 
-# -- diversity and speed ----------------------------------------------------------------------------------------
+# -- diversity and speed --------------------------------------------------------------------------------
 
 
 def diversity(samples: Tensor) -> float:
-    """Per-prompt seed diversity: root-mean-square difference of two samples of one prompt, averaged over prompts.
+    """Per-prompt seed diversity: root-mean-square difference of two samples of one prompt, averaged over
+    prompts.
 
-    samples [P, S, ...]: S >= 2 seeds of each of P prompts, images or features. Divided by the teacher's value on
-    the same prompts it says how much of the teacher's variety is left.
+    samples [P, S, ...]: S >= 2 seeds of each of P prompts, images or features. Divided by the teacher's
+    value on the same prompts it says how much of the teacher's variety is left.
     """
     if samples.dim() < 3 or samples.shape[1] < 2:
         raise UserError(f"diversity needs samples [prompts, seeds >= 2, ...], got {list(samples.shape)}")
@@ -209,8 +213,8 @@ def diversity(samples: Tensor) -> float:
 
 
 def wall_time_per_image(fn: Callable[[], object], n: int, repeats: int = 5) -> float:
-    """Seconds per image of `fn()`, which makes n images: median of `repeats` calls after one that is not counted.
-    Waits for the GPU where there is one."""
+    """Seconds per image of `fn()`, which makes n images: median of `repeats` calls after one that is not
+    counted. Waits for the GPU where there is one."""
 
     def once() -> float:
         start = time.perf_counter()

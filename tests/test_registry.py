@@ -1,0 +1,197 @@
+"""Rows, scripts and README agree; every script is short, documented, importable, and has no dead option."""
+import ast
+import dataclasses
+import importlib
+import io
+import re
+import subprocess
+import sys
+import tokenize
+import typing
+from pathlib import Path
+
+import pytest
+import tyro
+
+import zoo
+from zoo import registry
+from zoo.run import RunConfig, parse
+
+ROOT = Path(__file__).parent.parent
+NAMES = [m.name for m in registry.METHODS]
+COLUMNS, LINES = 100, 120
+
+
+def code_lines(source: str) -> int:
+    """Lines of code at COLUMNS columns: docstrings, comments and blank lines are free, a longer line counts as several."""
+    free = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    width: dict[int, int] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in free:
+            continue
+        for number in range(token.start[0], token.end[0] + 1):
+            end = token.end[1] if number == token.end[0] else len(source.splitlines()[number - 1])
+            width[number] = max(width.get(number, 0), end)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            for number in range(node.body[0].lineno, node.body[0].end_lineno + 1):
+                width.pop(number, None)
+    return sum(-(-w // COLUMNS) for w in width.values())
+
+
+def module(name: str):
+    return importlib.import_module(registry.method(name).path.stem)
+
+
+def test_code_lines_counts_code_only():
+    assert code_lines('"""Doc\n\nstring."""\n\n# comment\nx = 1  # ' + "c" * 200 + "\n") == 1
+    assert code_lines('def f():\n    """Doc."""\n    return (1,\n            2)\n') == 3
+    assert code_lines("x = '" + "a" * 120 + "'\n") == 2
+    assert code_lines("x = '''a\n\nb'''\n") == 2
+
+
+def test_rows_are_the_scripts_on_disk():
+    on_disk = sorted(p.name for p in (ROOT / "train_scripts").glob("train_*.py"))
+    assert sorted(m.script for m in registry.METHODS) == on_disk
+    assert len(set(NAMES)) == len(NAMES)
+    for m in registry.METHODS:
+        assert m.script == f"train_{m.name}.py" and m.status in ("beta", "stable")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring(name):
+    row, doc = registry.method(name), registry.method(name).doc
+    assert row.title in " ".join(doc.splitlines()[0].split())
+    assert row.url in doc
+    assert row.authors[0] in doc.splitlines()[1]
+    assert re.search(r"^Departures", doc, re.M)
+    assert f"accelerate launch train_scripts/{row.script}" in doc
+    assert f"python train_scripts/{row.script} --teacher toy" in doc
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_lines_parse(name):
+    """What the docstring tells people to type is accepted."""
+    config = module(name).Config
+    for line in re.findall(rf"train_scripts/{registry.method(name).script}(.*)", registry.method(name).doc):
+        flags = line.split("#")[0].replace("...", "").split()
+        assert isinstance(parse(config, flags, tyro), RunConfig)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_script_is_short(name):
+    assert code_lines(registry.method(name).path.read_text(encoding="utf-8")) <= LINES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_script_is_a_script(name):
+    """Importable without side effects, with Config, main and the row's name; it imports no other script."""
+    script = module(name)
+    assert issubclass(script.Config, RunConfig) and script.Config.method == name and callable(script.main)
+    tree = ast.parse(registry.method(name).path.read_text(encoding="utf-8"))
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {i for i in imported if i.startswith(("train_", "make_"))}
+
+
+def other_value(field: dataclasses.Field, kind) -> tuple[object, list[str]]:
+    """A value that is not the default, and the words that say it on the command line."""
+    flag = f"--{field.name}"
+    if kind is bool:
+        return not field.default, [flag if not field.default else f"--no_{field.name}"]
+    if typing.get_origin(kind) is typing.Literal:
+        value = next(v for v in typing.get_args(kind) if v != field.default)
+    elif typing.get_origin(kind) is tuple:
+        value = tuple(v / 2 + 0.25 for v in field.default)
+        return value, [flag, *map(str, value)]
+    else:
+        value = {int: lambda d: d + 3, float: lambda d: d + 0.5, str: lambda d: d + "x"}[kind](field.default)
+    return value, [flag, str(value)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_parses(name):
+    config = module(name).Config
+    kinds = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        value, words = (None, []) if field.name == "recipe" else other_value(field, kinds[field.name])
+        if words:
+            assert getattr(parse(config, words, tyro), field.name) == value, words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_parses(name, capsys):
+    config = module(name).Config
+    for recipe, preset in config.recipes.items():
+        cfg = parse(config, ["--recipe", recipe, "--batch", "7"], tyro)
+        assert preset["source"] and cfg.batch == 7 and cfg.recipe == recipe
+        assert all(getattr(cfg, k) == v for k, v in preset.items() if k not in ("source", "batch"))
+        assert "deviates: batch = 7" in capsys.readouterr().err
+    with pytest.raises(zoo.UserError, match="nothing-of-the-kind"):
+        parse(config, ["--recipe", "nothing-of-the-kind"], tyro)
+
+
+def reads(path: Path) -> set[str]:
+    """Names read as `cfg.NAME` or `<anything>.cfg.NAME`."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)]
+    return {n.attr for n in nodes if (isinstance(n.value, ast.Name) and n.value.id == "cfg")
+            or (isinstance(n.value, ast.Attribute) and n.value.attr == "cfg")}
+
+
+# Read under a computed name or before there is a Config: `_due(getattr(run.cfg, f"{f}_every"))`.
+READ_BY_NAME = {"sample_every": "watch.py", "measure_every": "watch.py"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_dead_option(name):
+    inside = set().union(*(reads(p) for p in (ROOT / "zoo").rglob("*.py")))
+    used = inside | reads(registry.method(name).path)
+    for field, where in READ_BY_NAME.items():
+        if field.removesuffix("_every") in (ROOT / "zoo" / where).read_text(encoding="utf-8"):
+            used.add(field)
+    assert {f.name for f in dataclasses.fields(module(name).Config)} - used == set()
+
+
+def test_lookup():
+    assert registry.method("dmd").arxiv == "2405.14867"
+    assert [m.name for m in zoo.methods("*flow")] == ["meanflow"]
+    with pytest.raises(zoo.UserError, match="did you mean meanflow"):
+        registry.method("mean_flow")
+    with pytest.raises(zoo.UserError, match="there are dmd"):
+        registry.method("zzzzz")
+
+
+def test_students_filter(monkeypatch):
+    rows = (registry.Student("a", "dmd", "emoji", "x/a", (4, 2, 1), "mit"), registry.Student("b", "lcm", "emoji", "x/b", (4,), "mit"))
+    monkeypatch.setattr(registry, "STUDENTS", rows)
+    assert [s.name for s in zoo.students()] == ["a", "b"]
+    assert [s.name for s in zoo.students(steps=1)] == ["a"]
+    assert [s.name for s in zoo.students(method="lcm", teacher="emoji")] == ["b"]
+    with pytest.raises(zoo.UserError, match="no field colour"):
+        zoo.students(colour="red")
+
+
+def test_students_name_registered_methods():
+    for row in registry.STUDENTS:
+        assert registry.method(row.method) and row.steps == tuple(sorted(row.steps, reverse=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cite(name):
+    text = zoo.cite(name)
+    row = registry.method(name)
+    assert text.startswith("@article{") and text.count("{") == text.count("}")
+    assert row.title in text and row.arxiv in text and row.authors[-1] in text and f"20{row.arxiv[:2]}" in text
+
+
+def test_readme_table_is_fresh():
+    """Rewrite it with `python -m zoo.registry README.md`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert registry.refresh(text) == text
+
+
+def test_import_is_light():
+    """`import zoo` and the registry import neither torch nor diffusers."""
+    code = ("import sys, zoo; zoo.methods(); zoo.cite('dmd'); import zoo.cli; "
+            "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys(), sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

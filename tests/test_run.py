@@ -1,0 +1,250 @@
+"""The life of a run: launch, kill, resume, ranks, accumulation, bad input. Children are real processes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zoo.errors import UserError
+from zoo.run import Batch, Run, RunConfig, _epoch_indices
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "train_scripts"
+sys.path.insert(0, str(SCRIPTS))
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+TOY = ["--teacher", "toy", "--batch", "64", "--checkpoint_every", "4", "--sample_every", "0", "--measure_every", "0", "--time_budget", "0"]
+
+
+def launch(script, out, *flags, ranks=1, wait=True, toy=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29500 + os.getpid() % 400)] if ranks > 1 else [sys.executable]
+    command += [str(SCRIPTS / f"train_{script}.py"), *(TOY if toy else []), "--output_dir", str(out), *flags]
+    if not wait:
+        return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def last(out, suffix=".safetensors"):
+    folder = sorted((Path(out) / "checkpoints").glob("step-*"))[-1]
+    return {p.name: load_file(p) for p in folder.glob(f"*{suffix}")}, json.loads((folder / "state.json").read_text())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[f].keys() == b[f].keys() and all(torch.equal(a[f][k], b[f][k]) for k in a[f]) for f in a)
+
+
+@pytest.mark.parametrize("script,flags", [("dmd", ["--gan", "0.01"]), ("dmd", ["--lora", "4"]), ("lcm", []), ("meanflow", ["--derivative", "jvp"])],
+                         ids=["dmd-gan", "dmd-lora", "lcm", "meanflow"])
+def test_kill_at_any_moment_and_resume_is_bit_equal(tmp_path, script, flags):
+    whole = launch(script, tmp_path / "whole", "--steps", "14", *flags)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    child = launch(script, tmp_path / "killed", "--steps", "100000", *flags, wait=False)
+    deadline = time.time() + 120
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-0000004*")):
+        assert child.poll() is None and time.time() < deadline, child.stderr.read()[-2000:]
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    step = last(tmp_path / "killed")[1]["step"]
+    end = max(14, step + 4)
+    if end != 14:
+        whole = launch(script, tmp_path / "whole", "--steps", str(end), *flags)
+    resumed = launch(script, tmp_path / "killed", "--steps", str(end), *flags)
+    assert resumed.returncode == 0 and "resumed from" in resumed.stderr, resumed.stderr[-2000:]
+    a, b = last(tmp_path / "whole"), last(tmp_path / "killed")
+    assert a[1]["step"] == b[1]["step"] == end and same(a[0], b[0])
+
+
+def test_terminate_saves_the_current_step(tmp_path):
+    child = launch("dmd", tmp_path / "run", "--steps", "100000", "--checkpoint_every", "100000", wait=False)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert child.poll() is None, child.stderr.read()[-2000:]
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGTERM and "the same command resumes" in err
+    assert last(tmp_path / "run")[1]["step"] >= 1
+
+
+def test_two_ranks_and_accumulation_agree_with_one_rank(tmp_path):
+    """Noise, times and data are indexed by global sample number: the same run, up to the order of sums."""
+    runs = {"one": {}, "accumulated": {"flags": ["--accumulate", "2"]}, "two": {"ranks": 2, "flags": ["--accumulate", "2"]}}
+    for name, how in runs.items():
+        done = launch("dmd", tmp_path / name, "--steps", "6", "--gan", "0.01", *how.get("flags", []), ranks=how.get("ranks", 1))
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = last(tmp_path / "one")[0], last(tmp_path / "two")[0]
+    for other in ("accumulated", "two"):
+        theirs = last(tmp_path / other)[0]
+        for f in one:
+            if "optimizer" not in f:
+                assert all(torch.allclose(one[f][k], theirs[f][k], atol=2e-4) for k in one[f]), (other, f)
+    resumed = launch("dmd", tmp_path / "two", "--steps", "8", "--gan", "0.01", "--accumulate", "2")     # two ranks, resumed on one
+    assert resumed.returncode == 0 and "resumed from" in resumed.stderr, resumed.stderr[-2000:]
+    assert same(two, two)
+
+
+RANKS = '''
+import torch, train_dmd, sys
+from zoo import run as R
+R.Run.watch = lambda self, *a, **k: None
+r = train_dmd.main(train_dmd.Config(teacher="toy", steps=3, batch=64, gan=0.01, accumulate=2, lora=int(sys.argv[2]), output_dir=sys.argv[1], time_budget=0, measure_every=0, sample_every=0))
+assert r.world == 2, r.world
+for t in r.trainees.values():
+    mine = torch.cat([p.detach().flatten() for p in t.params.values()]).double()
+    both = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(both, mine)
+    assert torch.equal(*both), t.name
+print("equal on both ranks", flush=True)
+'''
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_every_trainee_is_equal_on_all_ranks(tmp_path, lora):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90), str(tmp_path / "ranks.py"), str(tmp_path / "out"), str(lora)],
+                          env={**ENV, "PYTHONPATH": f"{ROOT}:{SCRIPTS}"}, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("equal on both ranks") == 2, done.stdout + done.stderr[-3000:]
+
+
+def make_run(tmp_path, **options):
+    import train_dmd
+    from zoo import backbones
+    cfg = train_dmd.Config(teacher="toy", batch=16, output_dir=str(tmp_path / "run"), time_budget=0, **options)
+    model = backbones.load("toy")
+    return cfg, model, Run(cfg, model)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_one_trainee_moves_and_the_others_keep_their_bits(tmp_path, lora):
+    cfg, model, run = make_run(tmp_path)
+    base = {k: v.clone() for k, v in model.module.state_dict().items()}
+    G = run.train("student", model.make("student", lora=lora), 1e-2)
+    critic = run.train("critic", model.make("critic", lora=lora, head=True), 1e-2)
+    data = model.batches()
+    before = {n: {k: p.detach().clone() for k, p in t.params.items()} for n, t in run.trainees.items()}
+    def through_the_critic(batch):
+        x = G(batch.randn(), batch.rand() * 0.9 + 0.05, batch.cond)
+        return {"loss": critic(x, batch.rand() * 0.9 + 0.05, batch.cond, logits=True)[1].mean()}
+    run.minimize(G, through_the_critic, data)
+    moved = {n: any(not torch.equal(p, before[n][k]) for k, p in t.params.items()) for n, t in run.trainees.items()}
+    assert moved == {"student": True, "critic": False}       # a gradient reached the student through the critic
+    assert all(p.requires_grad for t in run.trainees.values() for p in t.params.values())
+    after = {k.replace(".base_layer", ""): v for k, v in model.module.state_dict().items() if "lora_" not in k}
+    assert all(torch.equal(base[k], after[k]) for k in base)
+
+
+def test_batches_are_indexed_by_global_sample():
+    whole = Batch({}, (3,), (1, 5), 8, slice(0, 8), "cpu")
+    half = Batch({}, (3,), (1, 5), 8, slice(4, 8), "cpu")
+    for draw in ("randn", "rand", "randn"):
+        assert torch.equal(getattr(whole, draw)()[4:], getattr(half, draw)())
+    index = _epoch_indices(10, torch.arange(30), 3)
+    assert all(sorted(index[i:i + 10].tolist()) == list(range(10)) for i in (0, 10, 20))
+    assert index[:10].tolist() != index[10:20].tolist()
+
+
+def test_a_nan_stops_with_the_step_and_the_last_checkpoint(tmp_path):
+    cfg, model, run = make_run(tmp_path, steps=50, checkpoint_every=5, measure_every=0, sample_every=0)
+    G = run.train("student", model.make("student"), 1e-3)
+    data = model.batches()
+    def loss(batch):
+        return {"loss": G(batch.randn(), batch.rand(), batch.cond).square().mean() * (float("nan") if run.step == 12 else 1)}
+    with pytest.raises(UserError, match=r"step 12.*step-0000010"):
+        for _ in run.loop():
+            run.minimize(G, loss, data)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-0000005", "step-0000010"]
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    cfg, model, run = make_run(tmp_path, steps=50, checkpoint_every=5, measure_every=0, sample_every=0)
+    G = run.train("student", model.make("student"), 1e-3)
+    data = model.batches()
+    import zoo.run
+    real = zoo.run.save_tensors
+    def full(tensors, path):
+        if run.step > 5:
+            path.write_bytes(b"half a file")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+    monkeypatch.setattr(zoo.run, "save_tensors", full)
+    with pytest.raises(UserError, match="No space left.*step-0000005"):
+        for _ in run.loop():
+            run.minimize(G, lambda b: {"loss": G(b.randn(), b.rand(), b.cond).square().mean()}, data)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000005"]
+    load_file(tmp_path / "run" / "checkpoints" / "step-0000005" / "student.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+def refused(*flags, script="dmd", out):
+    done = launch(script, out, *flags, toy=False)
+    message = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(message) == 1, done.stderr[-2000:]
+    return message[0]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    out = tmp_path / "run"
+    assert "emoji, fashion" in refused("--teacher", "emojii", out=out)
+    (tmp_path / "empty").mkdir()
+    assert "no model_index.json" in refused("--teacher", str(tmp_path / "empty"), out=out)
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert "supported are" in refused("--teacher", str(tmp_path / "flux"), out=out)
+    assert "unknown --recipe" in refused("--recipe", "nope", out=out)
+    assert "not divisible" in refused("--teacher", "toy", "--batch", "31", "--accumulate", "2", out=out)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("!")
+    assert "not a run of ours" in refused("--teacher", "toy", out=tmp_path / "foreign")
+
+
+def test_resuming_with_another_configuration_shows_the_difference(tmp_path):
+    import train_dmd
+    from zoo import backbones
+    model = backbones.load("toy")
+    Run(train_dmd.Config(teacher="toy", output_dir=str(tmp_path)), model)
+    with pytest.raises(UserError, match=r"critic_updates: 2 -> 5"):
+        Run(train_dmd.Config(teacher="toy", output_dir=str(tmp_path), critic_updates=5), model)
+    Run(train_dmd.Config(teacher="toy", output_dir=str(tmp_path), steps=9), model)       # more steps is a resumption
+    import train_lcm
+    with pytest.raises(UserError, match="another method"):
+        Run(train_lcm.Config(teacher="toy", output_dir=str(tmp_path)), model)
+
+
+def test_an_estimate_above_free_memory_is_refused_before_step_1(tmp_path, monkeypatch):
+    import psutil
+    import train_dmd
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 10_000})())
+    with pytest.raises(UserError, match="smaller --batch"):
+        train_dmd.main(train_dmd.Config(teacher="toy", output_dir=str(tmp_path / "run")))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    import train_dmd
+    train_dmd.main(train_dmd.Config(teacher="toy", output_dir=str(tmp_path / "run"), dry_run=True))
+    text = capsys.readouterr().out
+    for needle in ("guidance = ", "student: ", "critic: ", "trainable parameters", "global batch 32", "GB more at the peak"):
+        assert needle in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipe_fills_defaults_and_deviations_are_printed(capsys):
+    import tyro
+
+    import train_dmd
+    from zoo.run import parse
+    cfg = parse(train_dmd.Config, ["--recipe", "sdxl-4step", "--batch", "16", "--gan", "0"], tyro)
+    assert cfg.critic_updates == 5 and cfg.batch == 16
+    text = capsys.readouterr().err
+    assert text.index("batch = 16 (recipe 128)") < text.index("gan = 0")
+
+
+def test_learning_rate_is_a_pure_function_of_the_step(tmp_path):
+    _, model, run = make_run(tmp_path, warmup=10)
+    t = run.train("student", model.make("student"), 1e-2)
+    assert [round(t.lr(s) / 1e-2, 6) for s in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
+    assert RunConfig().ema == 0.98

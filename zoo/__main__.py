@@ -1,0 +1,4 @@
+"""`python -m zoo` is the `zoo` command."""
+from .cli import main
+
+main()

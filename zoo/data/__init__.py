@@ -1,0 +1,270 @@
+"""Data: the three sets that ship with the package, and the user's own images and prompts.
+
+    table = open_dataset("emoji")                  # or a folder, a parquet/jsonl/csv file, a Hub id
+    pixels, table = load(table, 64, 3)             # [N, 3, 64, 64] in [-1, 1] and the rows they belong to
+    captions = prompts("prompts.txt")              # or anything `open_dataset` reads that has captions
+
+A set is a `datasets.Dataset` with a column `image` and, where known, `caption` and `label`.
+"""
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zoo.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+ASSETS = Path(__file__).parent.parent / "assets"
+IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+TABLE_TYPES = {".parquet", ".jsonl", ".csv"}
+CAPTIONS = ("caption", "text", "prompt")  # in this order; the first present becomes `caption`
+
+
+# ------------------------------------------------------------------------------------------------ the built-in sets
+def emoji(split: str = "train") -> Dataset:
+    """Captioned 64x64 emoji in three styles; split "train", "heldout" (concept-style pairs no teacher saw) or "all".
+
+    Columns image, caption, style, label, group, codepoint, source, license, split.
+    Noto (Apache-2.0), Twemoji (CC-BY-4.0: name the authors where pictures are shown), Fluent (MIT).
+    """
+    if split not in ("train", "heldout", "all"):
+        raise UserError(f'emoji has no split "{split}"; use "train", "heldout" or "all"')
+    table = _parquet(ASSETS / "emoji" / "emoji.parquet")
+    return table if split == "all" else table.select([i for i, s in enumerate(table["split"]) if s == split])
+
+
+def fashion(split: str = "train", path: str | Path | None = None) -> Dataset:
+    """Fashion-MNIST, 28x28 grey (MIT); split "train" (60,000) or "test" (10,000, shipped). Columns image, label.
+
+    The training images are looked for in `path`, the folder named by FEWSTEP_FASHION_MNIST, Debian's package
+    dataset-fashion-mnist and the Hub, in this order; UserError when none has them.
+    """
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    from .fashion import CLASSES, arrays
+    pixels, labels = arrays(split, path)
+    head = b"P5 %d %d 255\n" % pixels.shape[:0:-1]  # a PGM file is this line and the bytes: no time lost encoding
+    return Dataset.from_dict({"image": [{"bytes": head + x.tobytes(), "path": None} for x in pixels], "label": labels},
+                             Features({"image": Image(), "label": ClassLabel(names=list(CLASSES))}))
+
+
+def avatars() -> Dataset:
+    """2,000 pixel-art avatars, 32x32 (DiceBear, CC0), captioned; one further column per attribute.
+
+    `train_scripts/make_avatars.py` builds as many more as wanted.
+    """
+    return _parquet(ASSETS / "avatars" / "avatars.parquet")
+
+
+BUILT_IN: dict[str, Callable[..., Dataset]] = {"emoji": emoji, "fashion": fashion, "avatars": avatars}
+
+
+# ------------------------------------------------------------------------------------------------ the user's own
+def open_dataset(spec: str | Path) -> Dataset:
+    """A set of images by name, as a `datasets.Dataset` with `image` and, where known, `caption` and `label`.
+
+    spec: "emoji", "fashion" or "avatars", with a split as in "fashion:test"; a folder of images; a parquet, jsonl
+    or csv file whose column `image` holds pictures or paths relative to the file; or a Hub id ("user/name" or
+    "user/name:split"). In a folder, captions come from metadata.jsonl or metadata.csv (columns file_name and
+    caption) or from a .txt file beside each image, labels from the first level of subfolders.
+    Raises UserError when there is nothing to read or no images in it.
+    """
+    table = _table(spec)
+    if "image" not in table.column_names:
+        raise UserError(f"{spec} has no column `image`: it has {', '.join(table.column_names)}")
+    if not len(table):
+        raise UserError(f"{spec} holds no images: point to a folder or file with at least one")
+    return table
+
+
+def prompts(spec: str | Path) -> list[str]:
+    """Prompts from a .txt file (one a line, empty lines skipped) or the captions of whatever `open_dataset` names.
+
+    Tables need no images: a column caption, text or prompt is enough. Raises UserError when missing or empty.
+    """
+    if Path(spec).suffix == ".txt":
+        lines = _text(Path(spec), "prompts file").splitlines()
+    else:
+        table = _table(spec)
+        if "caption" not in table.column_names:
+            raise UserError(f"{spec} has no column {', '.join(CAPTIONS)}: it has {', '.join(table.column_names)}")
+        lines = table["caption"]
+    found = [line.strip() for line in lines if line and line.strip()]
+    if not found:
+        raise UserError(f"{spec} holds no prompts: write one prompt a line (.txt) or a column `caption` (jsonl, csv, parquet)")
+    return found
+
+
+def images(data: Dataset | str | Path, size: int, channels: int = 3) -> Tensor:
+    """The pictures of a set as float32 [N, channels, size, size] in [-1, 1]; see `load` for what is done to them."""
+    return load(data, size, channels)[0]
+
+
+def load(data: Dataset | str | Path, size: int, channels: int = 3) -> tuple[Tensor, Dataset]:
+    """The pictures of a set, float32 [N, channels, size, size] in [-1, 1], and the N rows they belong to.
+
+    Transparency becomes white (one channel: 3 -> 1 by luma). A picture at most one eighth smaller than `size` is
+    padded, with black if channels = 1 and else white, so that 28x28 becomes 32x32 untouched; any other is scaled
+    to cover the square and cropped at its centre. Pictures that cannot be decoded are skipped with one warning
+    that counts them; UserError when they are more than 1 %.
+    """
+    import numpy as np
+    import torch
+    from datasets import Image
+
+    table = data if hasattr(data, "column_names") else open_dataset(data)
+    rows = table.select_columns("image").cast_column("image", Image(decode=False))
+    pixels = np.empty((len(rows), size, size, channels), np.uint8)
+    good, bad = [], []
+    for i, row in enumerate(rows):
+        try:
+            pixels[len(good)] = _decode(row["image"], size, channels)
+            good.append(i)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on broken files
+            bad.append(f"{(row['image'] or {}).get('path') or f'row {i}'} ({type(error).__name__})")
+    if len(bad) > 0.01 * len(rows):
+        raise UserError(f"{len(bad)} of {len(rows)} images cannot be decoded (allowed: 1 %), the first is {bad[0]}: "
+                        "remove or replace them")
+    if bad:
+        warnings.warn(f"skipped {len(bad)} of {len(rows)} images that cannot be decoded, the first is {bad[0]}", stacklevel=2)
+    flat = torch.from_numpy(pixels[: len(good)]).permute(0, 3, 1, 2).contiguous()
+    return flat.float().div_(127.5).sub_(1), table.select(good) if bad else table
+
+
+def _decode(entry: dict, size: int, channels: int):
+    import numpy as np
+    import PIL.Image
+    from PIL import ImageOps
+
+    with PIL.Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] else entry["path"]) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+    w, h = image.size
+    if 7 * size <= 8 * min(w, h) and max(w, h) <= size:
+        small, image = image, PIL.Image.new(image.mode, (size, size), "black" if channels == 1 else "white")
+        image.paste(small, ((size - w) // 2, (size - h) // 2))
+    else:
+        image = ImageOps.fit(image, (size, size), PIL.Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, channels)
+
+
+# ------------------------------------------------------------------------------------------------ reading tables
+def _table(spec: str | Path) -> Dataset:
+    name, _, split = str(spec).partition(":")
+    if name in BUILT_IN:
+        return BUILT_IN[name](split) if split else BUILT_IN[name]()
+    path = Path(spec)
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix in TABLE_TYPES:
+        return _file(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix in IMAGE_TYPES | {".txt", ".json"}:
+        raise UserError(f"no data at {str(spec)!r}: give {', '.join(BUILT_IN)}, a folder of images, a parquet, jsonl or csv file, "
+                        "or a Hub id such as user/name")
+    return _hub(name, split or "train")
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} cannot be read ({type(error).__name__}): save it as UTF-8 text") from error
+
+
+def _parquet(path: Path) -> Dataset:
+    import pyarrow.parquet
+    from datasets import Dataset
+    return Dataset(pyarrow.parquet.read_table(path))  # in memory: nothing is written to the user's cache
+
+
+def _rows(path: Path) -> list[dict]:
+    text = _text(path, "data file")
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(dict(json.loads(line)))
+            except ValueError as error:
+                raise UserError(f"{path} line {number} is not a JSON object: write one {{...}} a line") from error
+    return rows
+
+
+def _file(path: Path) -> Dataset:
+    from datasets import Dataset, Image, Value
+
+    if not path.is_file():
+        raise UserError(f"data file {path} does not exist: check the path")
+    if path.suffix == ".parquet":
+        try:
+            table = _parquet(path)
+        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+            raise UserError(f"{path} is not a readable parquet file ({type(error).__name__}): write it again") from error
+    else:
+        table = Dataset.from_list(_rows(path))
+    table = _named(table)
+    if "image" in table.column_names and not isinstance(table.features["image"], Image):
+        if table.features["image"] == Value("string"):  # paths relative to the file; absolute ones stay as they are
+            paths = [str(path.parent / p) if p else None for p in table["image"]]
+            table = table.remove_columns("image").add_column("image", paths)
+        table = table.cast_column("image", Image())
+    return table
+
+
+def _folder(folder: Path) -> Dataset:
+    from datasets import ClassLabel, Dataset, Image
+
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
+    if not files:
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_TYPES))}): point to a folder with at least one")
+    columns = {"image": [str(p) for p in files]}
+    metadata = next((folder / n for n in ("metadata.jsonl", "metadata.csv") if (folder / n).is_file()), None)
+    names = sorted({p.relative_to(folder).parts[0] for p in files if p.parent != folder})
+    if metadata:
+        rows = _rows(metadata)
+        if any("file_name" not in row for row in rows):
+            raise UserError(f"{metadata} has rows without file_name: every row names its image, relative to {folder}")
+        known = {str(folder / row.pop("file_name")): row for row in rows}
+        for key in dict.fromkeys(k for row in known.values() for k in row):
+            columns[key] = [known.get(p, {}).get(key) for p in columns["image"]]
+    elif any(p.with_suffix(".txt").is_file() for p in files):
+        texts = (p.with_suffix(".txt") for p in files)
+        columns["caption"] = [_text(t, "caption file").strip() if t.is_file() else None for t in texts]
+    table = _named(Dataset.from_dict(columns).cast_column("image", Image()))
+    if "label" not in table.column_names and names and all(p.parent != folder for p in files):
+        labels = [names.index(p.relative_to(folder).parts[0]) for p in files]
+        table = table.add_column("label", labels).cast_column("label", ClassLabel(names=names))
+    return table
+
+
+def _hub(name: str, split: str) -> Dataset:
+    from datasets import Image, load_dataset
+    try:
+        table = load_dataset(name, split=split)
+    except Exception as error:  # offline, private, misspelt, unknown split: many classes, the remedy is the same
+        raise UserError(f"no data at {name!r}: it is no folder or file here, and the Hub set could not be loaded "
+                        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
+                        "check the path or id, its split (user/name:split) and the network") from error
+    if "image" not in table.column_names:
+        pictures = [k for k, feature in table.features.items() if isinstance(feature, Image)]
+        table = table.rename_column(pictures[0], "image") if pictures else table
+    return _named(table)
+
+
+def _named(table: Dataset) -> Dataset:
+    caption = next((c for c in CAPTIONS if c in table.column_names), "caption")
+    return table if caption == "caption" else table.rename_column(caption, "caption")

@@ -1,0 +1,1 @@
+"""What leaves a run: the sampling contract, the diffusers folder, its card, and the upload."""

@@ -1,0 +1,275 @@
+"""A trained network as a stock diffusers folder (and back: `read_student`).
+
+Whatever the run did to the module (adapters, a second scalar input, averages, hooks) stays behind: the exported weights are
+loaded into a fresh stock class, so `DiffusionPipeline.from_pretrained(folder)` needs neither this package nor remote code.
+
+    model_index.json, unet/, scheduler/, ...      stock pipeline; the contract is scheduler.config["_fewstep"]
+    fewstep.json                                  the contract and what the student is (family, slot, teacher, ...)
+    pytorch_lora_weights.safetensors              LoRA runs: the adapter in diffusers' format, rank and alpha in its metadata
+    two_time/, guidance/                          the network with its extra scalar input, where no stock call feeds it
+    toy.safetensors                               instead of all of these for the toy"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..denoiser import SLOT_DIM, fold_slot
+from ..errors import UserError
+from ..process import View
+from .contract import STOCK_GUIDANCE, Contract, scheduler_for
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+RECORD = "fewstep.json"
+SLOT = "time_embedding.cond_proj.weight"
+SLOT_FOLDERS = {"r": "two_time", "guidance": "guidance"}
+
+
+# ------------------------------------------------------------------------------------------------------- reading a network
+@contextmanager
+def _values(net):
+    """Inside, the module's parameters are the values `net` reads (its averages)."""
+    params = dict(net.module.named_parameters())
+    before = {n: params[n].data for n in net.weights or {}}
+    for n in before:
+        params[n].data = net.weights[n].to(params[n])
+    try:
+        yield
+    finally:
+        for n, value in before.items():
+            params[n].data = value
+
+
+def plain_state(net) -> dict[str, Tensor]:
+    """Weights of Denoiser `net` on the CPU in float32, its adapter merged and all others dropped, under the bare network's names."""
+    layers = dict(net.module.named_modules())
+    state = {}
+    with torch.no_grad(), _values(net):
+        for name, value in net.module.state_dict().items():
+            if ".lora_" in name:
+                continue
+            owner, wrapped, leaf = name.rpartition(".base_layer.")
+            value = value.float()
+            if wrapped and leaf == "weight" and net.role in layers[owner].lora_A:
+                value = value + layers[owner].get_delta_weight(net.role).float()
+            state[f"{owner}.{leaf}" if wrapped else name] = value.cpu().contiguous().clone()
+    return state
+
+
+def lora_state(net) -> dict[str, Tensor]:
+    """The adapter of `net`'s role in peft's names without the role: `<layer>.lora_A.weight`."""
+    with torch.no_grad(), _values(net):
+        return {n.replace(f".{net.role}.", "."): p.detach().float().cpu().contiguous().clone()
+                for n, p in net.module.named_parameters() if f".{net.role}." in n}
+
+
+def _fold(state: dict[str, Tensor], value: float) -> dict[str, Tensor]:
+    """Fix the extra scalar at `value`; its projection becomes a bias and is left at zero."""
+    class Embedding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.time_embedding = nn.Module()
+            for part, bias in (("linear_1", True), ("cond_proj", False)):
+                weight = state[f"time_embedding.{part}.weight"]
+                self.time_embedding.add_module(part, nn.Linear(weight.shape[1], weight.shape[0], bias=bias))
+    folded = Embedding()
+    folded.load_state_dict({k: v for k, v in state.items() if k in folded.state_dict()})
+    fold_slot(folded, value)
+    return state | {k: v.detach() for k, v in folded.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------------- writing a folder
+def export_student(model, net, folder: str | Path, contract: Contract, *, lora_rank: int = 0, facts: dict | None = None,
+                   extra: Callable[[Path], None] | None = None) -> Path:
+    """Write the student `net` (a Denoiser or a View of one, averages included) of Backbone `model` as a folder, whole or not at all.
+
+    facts: JSON data kept in fewstep.json beside the contract; extra(folder) adds files (the card) before the folder appears.
+    An earlier student at `folder` is replaced. Raises UserError when the stock scheduler cannot follow the contract, when
+    `folder` holds something else, or when it cannot be written."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).exists():
+        raise UserError(f"{folder} holds something that is not an exported student: give another folder")
+    process = net.process
+    if isinstance(net, View):
+        net = net.net
+    temp, old = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    for leftover in (temp, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temp.mkdir(parents=True)
+        record = {"family": model.family, "teacher": _teacher_name(model), "slot": net.slot, "slot_weights": None, "lora_rank": lora_rank,
+                  "process": type(process).__name__, **(facts or {})}
+        write = _write_toy if model.family == "toy" else _write_pipeline
+        write(model, net, temp, contract, record)
+        (temp / RECORD).write_text(json.dumps({**contract.to_json(), "student": record}, indent=1) + "\n")
+        if extra is not None:
+            extra(temp)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temp, folder)
+    except OSError as error:
+        raise UserError(f"could not write the student to {folder} ({error}): free some space or give another folder") from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _teacher_name(model) -> str:
+    """Built-in name or Hub id; a local folder only by its last part."""
+    name = str(model.name)
+    return Path(name).name if Path(name).exists() else name
+
+
+def _write_toy(model, net, folder, contract, record):
+    save_file(plain_state(net), folder / "toy.safetensors")
+    if net.role:
+        save_file(lora_state(net), folder / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"]))
+
+
+def _write_pipeline(model, net, folder, contract, record):
+    state = plain_state(net)
+    slot_state = dict(state)
+    served = record["slot"] is None          # does the stock folder hold all of the student?
+    if net.slot == "r":
+        state = _fold(state, 0.0)
+    elif net.slot == "guidance":
+        low, high = contract.guidance_range or (None, None)
+        served = model.family == "sd" and low is not None and low <= STOCK_GUIDANCE <= high
+        if served:
+            record["slot_weights"] = "unet"
+        else:                                # a plain call would ask for a scale it never saw: fix the scale it is best at
+            state = _fold(state, contract.guidance - 1)
+    unet = stock_module(model, state, slot_weight=state[SLOT] if served and net.slot else None)
+    scheduler = scheduler_for(contract, model.pipe.scheduler.config)
+    _pipeline(model, unet, scheduler).save_pretrained(folder, safe_serialization=True)
+    _forget_paths(folder)
+    side = folder / SLOT_FOLDERS.get(net.slot, "")
+    side.mkdir(exist_ok=True)
+    if not served:
+        record["slot_weights"] = side.name
+        save_file(slot_state, side / WEIGHTS)
+    if net.role:         # beside the slot's weights where there is one: the stock teacher has no layer for its adapter
+        save_file({f"unet.{k}": v for k, v in lora_state(net).items()}, side / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"]))
+
+
+def stock_module(model, state: dict[str, Tensor], slot_weight: Tensor | None = None) -> nn.Module:
+    """A fresh network of the family's stock class holding `state`.
+
+    Stable Diffusion UNets get a guidance input (`slot_weight`, or zeros): with one, the stock pipelines make a single call per
+    step whatever guidance_scale is, instead of adding classifier-free guidance a student was not trained for."""
+    config = dict(model.module.config)
+    state = {k: v for k, v in state.items() if k != SLOT}
+    if model.family == "sd":
+        config["time_cond_proj_dim"] = SLOT_DIM
+        width = state["time_embedding.linear_1.weight"].shape[1]
+        state[SLOT] = torch.zeros(width, SLOT_DIM) if slot_weight is None else slot_weight
+    module = type(model.module).from_config(config)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def _pipeline(model, unet, scheduler):
+    """The teacher's own pipeline parts around another network and scheduler."""
+    import inspect
+
+    from diffusers import ConsistencyModelPipeline, StableDiffusionPipeline
+
+    if model.family == "pixel":
+        return ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+    wanted = inspect.signature(StableDiffusionPipeline.__init__).parameters
+    parts = {k: v for k, v in model.pipe.components.items() if k in wanted} | {"unet": unet, "scheduler": scheduler}
+    for name in ("safety_checker", "feature_extractor", "image_encoder"):
+        parts.setdefault(name, None)
+    return StableDiffusionPipeline(**parts, requires_safety_checker=parts["safety_checker"] is not None)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop the local paths diffusers records of where each part was loaded from."""
+    for path in folder.rglob("*.json"):
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def _lora_metadata(net, rank: int) -> dict[str, str]:
+    """What diffusers writes beside LoRA weights; without it alpha is lost."""
+    layers = sorted({n.split(".lora_")[0] for n, _ in net.module.named_parameters() if f".{net.role}." in n})
+    config = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": layers}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+
+
+# ------------------------------------------------------------------------------------------------------- reading a folder
+def read_record(folder: Path) -> tuple[Contract, dict]:
+    """Contract and record of an exported student. Raises UserError when `folder` is none."""
+    path = Path(folder) / RECORD
+    if not path.exists():
+        raise UserError(f"{folder} is not an exported student (it has no {RECORD}): give the folder a run of these scripts exported")
+    data = json.loads(path.read_text())
+    return Contract.from_json(data), data["student"]
+
+
+def read_student(model, module: nn.Module, role: str | None, folder: Path, slot: str | None = None) -> None:
+    """Load the student at `folder` into `module`: its weights, or for a LoRA run its LoRA file into adapter `role`.
+
+    slot: the module's own extra input; one of the same kind keeps its weights, another kind starts from the student's stock form.
+    Raises UserError when the folder is no student of this family, has other shapes, or is a full student for a LoRA run."""
+    contract, record = read_record(folder)
+    if record["family"] != model.family:
+        raise UserError(f"--init_student {folder} is a student of the {record['family']} family and the teacher is of {model.family}: start from a student of the same teacher")
+    same_slot = slot is not None and record["slot"] == slot
+    if role is None:
+        state = _student_state(model, folder, contract, record, same_slot)
+    else:
+        state = _adapter_state(module, role, folder, record, slot)
+    own = module.state_dict()
+    if hasattr(module.time_embedding, "condition") and role is None:
+        state.setdefault(SLOT, torch.zeros_like(own[SLOT]))
+    wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
+    missing = [k for k in own if k not in state] if role is None else []
+    if wrong or missing:
+        raise UserError(f"--init_student {folder} does not fit the teacher {model.name} ({(wrong + missing)[0]} differs): start from a student of the same teacher")
+    module.load_state_dict(state, strict=False)
+
+
+def _student_state(model, folder, contract, record, same_slot):
+    if model.family == "toy":
+        state, stock = load_file(folder / "toy.safetensors"), False
+    else:
+        side = record["slot_weights"] if same_slot else "unet"
+        path = folder / side / WEIGHTS
+        if not path.exists():
+            raise UserError(f"--init_student {folder} has no {side}/{WEIGHTS}: the folder is incomplete")
+        state, stock = load_file(path), side == "unet"
+    if same_slot:
+        return state
+    if SLOT in state and record["slot"]:     # folding a stock folder's zero projection changes nothing
+        if not stock or record["slot_weights"] == "unet":
+            state = _fold(state, 0.0 if record["slot"] == "r" else contract.guidance - 1)
+    state.pop(SLOT, None)
+    return state
+
+
+def _adapter_state(module, role, folder, record, slot):
+    if not record["lora_rank"]:
+        raise UserError(f"--init_student {folder} is a full-weights student and this is a LoRA run: drop --lora, or start from a LoRA student")
+    if record["slot"] != slot:
+        raise UserError(f"--init_student {folder} has the extra input {record['slot']} and this run has {slot}: a LoRA file fits only its own kind; drop --lora to start from its fused weights")
+    side = "" if record["family"] == "toy" else SLOT_FOLDERS.get(slot, "")
+    with safe_open(folder / side / LORA_WEIGHTS, "pt") as f:
+        state = {k.removeprefix("unet."): f.get_tensor(k) for k in f.keys()}
+    state = {k.replace(".lora_A.", f".lora_A.{role}.").replace(".lora_B.", f".lora_B.{role}."): v for k, v in state.items()}
+    own = next(v for k, v in module.state_dict().items() if f".lora_A.{role}." in k)
+    if own.shape[0] != record["lora_rank"]:
+        raise UserError(f"--init_student {folder} has LoRA rank {record['lora_rank']}: give --lora {record['lora_rank']}")
+    return state
+

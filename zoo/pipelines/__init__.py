@@ -1,0 +1,1 @@
+"""Samplers for students that no stock pipeline can feed."""
