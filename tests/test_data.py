@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from zoo import data
-from zoo.data import fashion as fashion_files
+from zoo.data import fashion_mnist as fashion_files
 from zoo.errors import UserError
 from zoo.metrics import classifier
 
@@ -72,8 +72,8 @@ def test_fashion_test_split(test_split):
     assert test_split.features["label"].int2str(9) == "ankle boot"
     assert test_split[0]["image"].mode == "L" and test_split[0]["image"].size == (28, 28)
     x = data.images(test_split.select(range(8)), 32, 1)
-    raw = fashion_files.arrays("test")[0][:8]
-    assert torch.equal((x[:, 0, 2:30, 2:30] + 1) * 127.5, torch.from_numpy(raw.copy()).float())  # padded, not resampled
+    raw = torch.from_numpy(fashion_files.arrays("test")[0][:8].copy())
+    assert torch.equal(x[:, 0, 2:30, 2:30].add(1).mul(127.5).round().byte(), raw)  # padded, not resampled
     assert (x[:, :, :2] == -1).all() and (x[..., 30:] == -1).all()
 
 

@@ -264,7 +264,7 @@ def test_class_accuracy_on_the_shipped_test_images():
     classifier = pytest.importorskip("zoo.metrics.classifier")
     if not classifier.WEIGHTS.exists():
         pytest.skip("the classifier is not built")
-    from zoo.data.fashion import arrays
+    from zoo.data.fashion_mnist import arrays
 
     images, labels = (torch.from_numpy(a[:300].copy()) for a in arrays("test"))
     x = torch.nn.functional.pad(images[:, None] / 127.5 - 1, (2, 2, 2, 2), value=-1.0)

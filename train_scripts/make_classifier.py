@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import tyro
 from safetensors.torch import save_file
 
-from zoo.data.fashion import arrays
+from zoo.data.fashion_mnist import arrays
 from zoo.metrics.classifier import WEIGHTS, Classifier, accuracy
 
 

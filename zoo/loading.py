@@ -27,10 +27,10 @@ def load(name: str | Path, two_time: bool = False, device: str | torch.device = 
         return _slotted(folder, contract, record).to(device)
 
     from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
+    pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True)
     pipe.__class__ = _contracted(type(pipe))
     pipe._contract, pipe._warned = contract, False
-    return pipe.to(device)
+    return pipe.to(device, dtype)
 
 
 def _folder(name: str) -> Path:

@@ -92,7 +92,7 @@ class Watcher:
         run, model = self.run, self.run.model
         if run.rank:
             return
-        name = "flat" if model.family == "toy" else "fashionnet" if model.name == "fashion" else metrics.default_feature_space()
+        name = "flat" if len(model.shape) == 1 else "fashionnet" if model.name == "fashion" else metrics.default_feature_space()
         self.space, self.features = name, metrics.feature_space(name)
         self.examples = model.examples(PROMPTS, SEEDS)
         self.n = len(self.examples.names)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .base import Backbone, Examples, Source
+from .custom import Custom
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # Built-in teachers: folder under zoo/assets, default guidance (chosen by the scans in benchmarks/teacher), default data.
@@ -15,7 +16,7 @@ BUILT_IN = {"emoji": {"folder": "emoji/teacher", "guidance": 3.0, "data": "emoji
 FAMILIES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "sd",
             "ConsistencyModelPipeline": "pixel", "DDPMPipeline": "pixel", "DDIMPipeline": "pixel"}
 
-__all__ = ["Backbone", "Examples", "Source", "load"]
+__all__ = ["Backbone", "Custom", "Examples", "Source", "load"]
 
 
 def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:

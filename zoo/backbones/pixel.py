@@ -14,6 +14,7 @@ from .sd import PREDICTIONS
 
 class Pixel(Backbone):
     family = "pixel"
+    bf16_on_cpu = True
 
     def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
         from diffusers import DiffusionPipeline

@@ -49,7 +49,7 @@ def fashion(split: str = "train", path: str | Path | None = None) -> Dataset:
     """
     from datasets import ClassLabel, Dataset, Features, Image
 
-    from .fashion import CLASSES, arrays
+    from .fashion_mnist import CLASSES, arrays
     pixels, labels = arrays(split, path)
     head = b"P5 %d %d 255\n" % pixels.shape[:0:-1]  # a PGM file is this line and the bytes: no time lost encoding
     return Dataset.from_dict({"image": [{"bytes": head + x.tobytes(), "path": None} for x in pixels], "label": labels},

@@ -108,7 +108,7 @@ def export_student(model, net, folder: str | Path, contract: Contract, *, lora_r
         temp.mkdir(parents=True)
         record = {"family": model.family, "teacher": _teacher_name(model), "slot": net.slot, "slot_weights": None, "lora_rank": lora_rank,
                   "process": type(process).__name__, **(facts or {})}
-        write = _write_toy if model.family == "toy" else _write_pipeline
+        write = _write_pipeline if hasattr(model, "pipe") else _write_bare
         write(model, net, temp, contract, record)
         (temp / RECORD).write_text(json.dumps({**contract.to_json(), "student": record}, indent=1) + "\n")
         if extra is not None:
@@ -130,8 +130,9 @@ def _teacher_name(model) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _write_toy(model, net, folder, contract, record):
-    save_file(plain_state(net), folder / "toy.safetensors")
+def _write_bare(model, net, folder, contract, record):
+    """Toys and custom networks have no stock pipeline: their weights alone."""
+    save_file(plain_state(net), folder / f"{model.family}.safetensors")
     if net.role:
         save_file(lora_state(net), folder / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"]))
 
@@ -232,7 +233,7 @@ def read_student(model, module: nn.Module, role: str | None, folder: Path, slot:
     else:
         state = _adapter_state(module, role, folder, record, slot)
     own = module.state_dict()
-    if hasattr(module.time_embedding, "condition") and role is None:
+    if hasattr(getattr(module, "time_embedding", None), "condition") and role is None:
         state.setdefault(SLOT, torch.zeros_like(own[SLOT]))
     wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
     missing = [k for k in own if k not in state] if role is None else []
@@ -242,8 +243,8 @@ def read_student(model, module: nn.Module, role: str | None, folder: Path, slot:
 
 
 def _student_state(model, folder, contract, record, same_slot):
-    if model.family == "toy":
-        state, stock = load_file(folder / "toy.safetensors"), False
+    if not hasattr(model, "pipe"):
+        state, stock = load_file(folder / f"{model.family}.safetensors"), False
     else:
         side = record["slot_weights"] if same_slot else "unet"
         path = folder / side / WEIGHTS
