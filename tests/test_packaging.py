@@ -40,7 +40,7 @@ def test_a_wrong_name_is_one_line_and_exit_code_2(words):
     assert done.returncode == 2 and done.stderr.strip() == "error: unknown method 'dmmd': did you mean dmd?"
 
 
-def test_train_runs_the_script_with_its_flags(tmp_path, monkeypatch):
+def test_train_runs_the_script_with_its_flags(tmp_path, monkeypatch, capsys):
     """--help, an error of the script and its exit code reach the script's own command line."""
     done = command("train", "dmd", "--teacher", "no-such-teacher", "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: unknown teacher 'no-such-teacher'")
@@ -49,6 +49,7 @@ def test_train_runs_the_script_with_its_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(registry.Method, "path", script)
     monkeypatch.setattr(sys, "argv", ["zoo"])
     cli.main(["train", "dmd", "--help", "--steps", "3"])
+    assert capsys.readouterr().out == "__main__ ['--help', '--steps', '3']\n"
 
 
 def test_help_of_a_script():
@@ -78,3 +79,29 @@ def test_wheel_holds_assets_and_scripts(tmp_path):
     assert {f for f in tracked if f} <= names
     assert {n.split("/")[0] for n in names} == {"zoo", f"fewstep-{zoo.__version__}.dist-info"}
     assert sum(i.compress_size for i in zipfile.ZipFile(wheel).infolist() if "/assets/" in i.filename) <= 25e6
+
+
+def test_sample(tmp_path, monkeypatch):
+    """One tile per seed; the same call twice draws the same; wrong steps, classes and counts are refused."""
+    from diffusers import ConsistencyModelPipeline
+    from PIL import Image
+
+    class Student(ConsistencyModelPipeline):
+        _contract = type("Contract", (), {"steps": (2, 1)})
+
+        def __init__(self):
+            pass
+
+        def __call__(self, class_labels, num_inference_steps, generator):
+            shade = int(class_labels[0] * 10 + (num_inference_steps or 0) + generator.initial_seed())
+            return type("Output", (), {"images": [Image.new("L", (4, 3), shade)]})
+
+    monkeypatch.setattr("zoo.loading.load", lambda folder: Student())
+    out = tmp_path / "a.png"
+    cli.main(["sample", "folder", "sneaker", "--steps", "2", "--seeds", "3", "--out", str(out)])
+    picture = Image.open(out)
+    assert picture.size == (12, 3) and [picture.getpixel((x, 1)) for x in (0, 4, 8)] == [72, 73, 74]
+    for words in (["sneaker", "--steps", "3"], ["hat"], ["7", "--seeds", "0"], ["7", "--out", str(tmp_path / "none" / "a.png")]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["sample", "folder", *words])
+        assert stopped.value.code == 2

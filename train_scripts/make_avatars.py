@@ -1,8 +1,8 @@
 """Pixel avatars: as many 32x32 pictures as wanted, every attribute known, for measuring generalisation.
 
-Drawn by DiceBear's pixel-art style (https://www.dicebear.com, design CC0 1.0, code MIT) through Node.js and npm, which
-only this script needs: the package ships a sample. Captions name every attribute in at most 14 words. Seed 0 is the
-shipped sample; train on other seeds to keep it held out.
+Drawn by DiceBear's pixel-art style (https://www.dicebear.com, design CC0 1.0, code MIT) through Node.js and npm,
+which only this script needs: the package ships a sample. Captions name every attribute in at most 14 words.
+Seed 0 is the shipped sample; train on other seeds to keep it held out.
 
     python train_scripts/make_avatars.py                                            # the shipped 2,000
     python train_scripts/make_avatars.py --count 50000 --seed 1 --out avatars.parquet
@@ -25,16 +25,19 @@ from zoo.errors import UserError
 
 PACKAGES = ("@dicebear/core@9.4.3", "@dicebear/pixel-art@9.4.3", "@resvg/resvg-js@2.6.2")
 # DiceBear's colours under names an eye at 32x32 tells apart
-SKIN = {"ffdbac": "light", "f5cfa0": "light", "eac393": "medium", "e0b687": "medium", "cb9e6e": "tan", "b68655": "tan",
-        "a26d3d": "dark", "8d5524": "dark"}
-HAIR = {"cab188": "sandy", "a78961": "sandy", "83623b": "brown", "603a14": "brown", "603015": "brown", "611c17": "auburn",
-        "612616": "auburn", "28150a": "black", "009bbd": "blue", "bd1700": "red", "91cb15": "green"}
-SHIRT = {"5bc0de": "cyan", "428bca": "blue", "03396c": "navy", "88d8b0": "mint", "44c585": "green", "00b159": "green",
-         "ff6f69": "coral", "d11141": "red", "ae0001": "maroon", "ffeead": "cream", "ffd969": "yellow", "ffc425": "yellow"}
-HAT = {"2e1e05": "black", "2663a3": "blue", "989789": "gray", "3d8a6b": "green", "cc6192": "pink", "614f8a": "purple",
-       "a62116": "red"}
+SKIN = {"ffdbac": "light", "f5cfa0": "light", "eac393": "medium", "e0b687": "medium", "cb9e6e": "tan",
+        "b68655": "tan", "a26d3d": "dark", "8d5524": "dark"}
+HAIR = {"cab188": "sandy", "a78961": "sandy", "83623b": "brown", "603a14": "brown", "603015": "brown",
+        "611c17": "auburn", "612616": "auburn", "28150a": "black", "009bbd": "blue", "bd1700": "red",
+        "91cb15": "green"}
+SHIRT = {"5bc0de": "cyan", "428bca": "blue", "03396c": "navy", "88d8b0": "mint", "44c585": "green",
+         "00b159": "green", "ff6f69": "coral", "d11141": "red", "ae0001": "maroon", "ffeead": "cream",
+         "ffd969": "yellow", "ffc425": "yellow"}
+HAT = {"2e1e05": "black", "2663a3": "blue", "989789": "gray", "3d8a6b": "green", "cc6192": "pink",
+       "614f8a": "purple", "a62116": "red"}
 BACKGROUND = {"b6e3f4": "blue", "c0aede": "purple", "ffd5dc": "pink", "ffdfbf": "peach"}
-ATTRIBUTES = ("mood", "skin", "hair", "hair_color", "shirt", "beard", "glasses", "hat", "earrings", "background")
+ATTRIBUTES = ("mood", "skin", "hair", "hair_color", "shirt", "beard", "glasses", "hat", "earrings",
+              "background")
 
 
 @dataclass
@@ -63,23 +66,27 @@ def attributes(raw: dict) -> dict[str, str]:
 
 def caption(a: dict[str, str]) -> str:
     extras = [a["beard"], a["glasses"], f"{a['hat']} hat" if a["hat"] != "none" else "none", a["earrings"]]
-    words = [a["mood"], a["skin"], a["hair"], a["hair_color"], "hair", a["shirt"], "shirt", *extras, a["background"], "background"]
+    words = [a["mood"], a["skin"], a["hair"], a["hair_color"], "hair", a["shirt"], "shirt", *extras,
+             a["background"], "background"]
     return " ".join(w for w in words if w != "none")
 
 
 def main(cfg: Config) -> None:
     if not (shutil.which("node") and shutil.which("npm")):
-        raise UserError("node and npm not found: install Node.js 18 or later, or use the shipped sample (zoo.data.avatars())")
+        raise UserError("node and npm not found: install Node.js 18 or later, or use the shipped sample, "
+                        "zoo.data.avatars()")
     cfg.work.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefix", str(cfg.work), *PACKAGES], check=True)
-    script = shutil.copy(Path(__file__).with_suffix(".mjs"), cfg.work)  # Node resolves imports from the file's folder
-    lines = subprocess.run(["node", script, str(cfg.count), str(cfg.seed)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefix", cfg.work, *PACKAGES], check=True)
+    script = shutil.copy(Path(__file__).with_suffix(".mjs"), cfg.work)  # Node looks for packages beside the file
+    command = ["node", script, str(cfg.count), str(cfg.seed)]
+    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     rows = []
-    for raw in map(json.loads, lines.splitlines()):
-        png = io.BytesIO()
-        PIL.Image.open(io.BytesIO(base64.b64decode(raw["png"]))).convert("RGB").save(png, "png", optimize=True)
+    for raw in map(json.loads, lines):
+        drawn, png = io.BytesIO(base64.b64decode(raw["png"])), io.BytesIO()
+        PIL.Image.open(drawn).convert("RGB").save(png, "png", optimize=True)
         known = attributes(raw)
-        rows.append({"image": {"bytes": png.getvalue(), "path": None}, "caption": caption(known), **known, "seed": raw["seed"]})
+        image = {"bytes": png.getvalue(), "path": None}
+        rows.append({"image": image, "caption": caption(known), **known, "seed": raw["seed"]})
     text = {k: Value("string") for k in ("caption", *ATTRIBUTES, "seed")}
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows, Features({"image": Image(), **text})).to_parquet(cfg.out)

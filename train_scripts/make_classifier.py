@@ -1,9 +1,10 @@
 """The Fashion-MNIST classifier of `zoo.metrics.classifier`: cross-entropy on the 60,000 training images.
 
-Random shifts of up to two pixels; a one-cycle learning rate (Smith and Topin 2017, https://arxiv.org/abs/1708.07120).
+Random shifts of up to two pixels; a one-cycle learning rate (Smith and Topin 2017,
+https://arxiv.org/abs/1708.07120).
 
-    python train_scripts/make_classifier.py                                   # one to two minutes on a CPU
-    python train_scripts/make_classifier.py --data folder/with/idx-gz-files   # else Debian's package, else the Hub
+    python train_scripts/make_classifier.py                               # one to two minutes on a CPU
+    python train_scripts/make_classifier.py --data folder/of/idx-gz-files # else Debian's package, else the Hub
 """
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """The Fashion-MNIST teacher: a small class-conditional UNet trained as a v-prediction diffusion model.
 
-    net v(x_t, t, c):  repeat  x_t = alpha_t x0 + sigma_t eps;   min | v(x_t, t, c) - (alpha_t eps - sigma_t x0) |^2
+    repeat  x_t = alpha_t x0 + sigma_t eps;   min over v of  | v(x_t, t, class) - (alpha_t eps - sigma_t x0) |^2
 
 with a variance-preserving table rescaled to zero terminal signal-to-noise ratio (Lin et al. 2023,
-https://arxiv.org/abs/2305.08891) and one label in ten dropped to the null class 10 for guidance (Ho and Salimans
-2022, https://arxiv.org/abs/2207.12598). The 28x28 images are padded to 32x32 with black. The result is a stock
-diffusers folder, loadable without this package.
+https://arxiv.org/abs/2305.08891) and one label in ten dropped to the null class 10 for guidance (Ho and
+Salimans 2022, https://arxiv.org/abs/2207.12598). The 28x28 images are padded to 32x32 with black. The result is
+a stock diffusers folder, loadable without this package.
 
-    python train_scripts/make_fashion.py --minutes 20                      # CPU, resumes runs/make_fashion if present
-    python train_scripts/make_fashion.py --data folder/with/idx-gz-files   # else Debian's package, else the Hub
+    python train_scripts/make_fashion.py --minutes 20                  # CPU; resumes runs/make_fashion
+    python train_scripts/make_fashion.py --data folder/of/idx-gz-files # else Debian's package, else the Hub
 """
 from __future__ import annotations
 
@@ -59,14 +59,15 @@ def build(width: int) -> UNet2DModel:
 def table() -> DDIMScheduler:
     return DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False,
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing",
+        clip_sample=False,
     )
 
 
 def save(cfg: Config, ema: dict, scheduler: DDIMScheduler) -> None:
     net = build(cfg.width)
     net.load_state_dict(ema)
-    ConsistencyModelPipeline(unet=net.half(), scheduler=scheduler).save_pretrained(cfg.out)  # safetensors, 2 MB
+    ConsistencyModelPipeline(unet=net.half(), scheduler=scheduler).save_pretrained(cfg.out)  # 2 MB
 
 
 def main(cfg: Config) -> None:
@@ -87,21 +88,25 @@ def main(cfg: Config) -> None:
         net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
         ema = {k[4:]: v for k, v in state.items() if k.startswith("ema.")}
         for k, p in params.items():
-            opt.state[p] = {"step": torch.tensor(float(step)), "exp_avg": state[f"m1.{k}"], "exp_avg_sq": state[f"m2.{k}"]}
+            opt.state[p] = {"step": torch.tensor(float(step)),
+                            "exp_avg": state[f"m1.{k}"], "exp_avg_sq": state[f"m2.{k}"]}
 
     def store(seconds: float) -> None:
-        parts = {"net": net.state_dict(), "ema": ema, "m1": {k: opt.state[p]["exp_avg"] for k, p in params.items()},
+        parts = {"net": net.state_dict(), "ema": ema,
+                 "m1": {k: opt.state[p]["exp_avg"] for k, p in params.items()},
                  "m2": {k: opt.state[p]["exp_avg_sq"] for k, p in params.items()}}
         flat = {f"{part}.{k}": v.contiguous() for part, d in parts.items() for k, v in d.items()}
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        save_file(flat | {"step": torch.tensor(step), "seconds": torch.tensor(seconds)}, checkpoint.with_suffix(".new"))
-        checkpoint.with_suffix(".new").replace(checkpoint)
+        new = checkpoint.with_suffix(".new")
+        save_file(flat | {"step": torch.tensor(step), "seconds": torch.tensor(seconds)}, new)
+        new.replace(checkpoint)
         save(cfg, ema, scheduler)
 
     Path(cfg.log).parent.mkdir(parents=True, exist_ok=True)
+    # a resumed run trains what came after its checkpoint again, so those lines go
     lines = Path(cfg.log).read_text().splitlines() if step and Path(cfg.log).exists() else []
     log = open(cfg.log, "w")
-    log.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)  # forget what came after the checkpoint
+    log.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
     start = stored = time.monotonic()
     total, mean, count = 60 * cfg.minutes, 0.0, 0
     while (seconds := before + time.monotonic() - start) < total:
@@ -128,7 +133,7 @@ def main(cfg: Config) -> None:
         step, mean, count = step + 1, mean + loss.item(), count + 1
 
         if step % 50 == 0:
-            row = {"step": step, "seconds": round(seconds, 1), "loss": round(mean / count, 5), "lr": float(f"{lr:.3g}")}
+            row = {"step": step, "seconds": round(seconds, 1), "loss": round(mean / count, 5), "lr": round(lr, 7)}
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
             mean, count = 0.0, 0

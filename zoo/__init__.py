@@ -1,6 +1,6 @@
 """Fewstep: a zoo of few-step diffusion students. `import zoo` is light: torch and diffusers load with the first model.
 
-    pipe = zoo.load("outputs/dmd-emoji")          # a pipeline whose plain pipe(prompt) is right
+    pipe = zoo.load("outputs/dmd-emoji/student")  # a pipeline whose plain pipe(prompt) is right
     zoo.methods(); zoo.students(); zoo.cite("dmd")
 """
 from importlib import import_module

@@ -26,23 +26,38 @@ def list_methods() -> None:
 def sample(folder: str, prompt: str, steps: int | None, seeds: int, out: str) -> None:
     """One picture per seed 0 .. seeds - 1, side by side, in a PNG."""
     import torch
+    from diffusers import ConsistencyModelPipeline, DiffusionPipeline
     from PIL import Image
 
     from . import load
+    pipe = load(folder)
+    if not isinstance(pipe, DiffusionPipeline):
+        raise UserError(f"{folder} is a student of the toy teacher: its samples are points, not pictures")
+    known = pipe._contract.steps
+    if steps is not None and steps not in known:
+        raise UserError(f"--steps {steps} is not in the contract of {folder}: it was trained for {', '.join(map(str, known))}")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: give at least 1")
-    pipe = load(folder)
-    pictures = []
-    for seed in range(seeds):
-        options = {"generator": torch.Generator("cpu").manual_seed(seed)}
-        if steps is not None:
-            options["num_inference_steps"] = steps
-        pictures.append(pipe(prompt, **options).images[0])
+    what = {"class_labels": [class_number(prompt)]} if isinstance(pipe, ConsistencyModelPipeline) else {"prompt": prompt}
+    pictures = [pipe(**what, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).images[0] for seed in range(seeds)]
     sheet = Image.new(pictures[0].mode, (sum(p.width for p in pictures), pictures[0].height))
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i * picture.width, 0))
-    sheet.save(out)
+    try:
+        sheet.save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --out {out} ({error}): give a writable path such as sample.png") from error
     print(out)
+
+
+def class_number(prompt: str) -> int:
+    """A class by number, or by its Fashion-MNIST name."""
+    from .data.fashion import CLASSES
+    if prompt.isdigit():
+        return int(prompt)
+    if prompt in CLASSES:
+        return CLASSES.index(prompt)
+    raise UserError(f"this student draws classes, not prompts, and {prompt!r} is none: give a number, or {', '.join(CLASSES)}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
                        ("where", "print a script's path, for `accelerate launch $(zoo where dmd)`"),
                        ("cite", "print BibTeX")):
         commands.add_parser(name, help=what).add_argument("name")
-    p = commands.add_parser("sample", help="sample a student: zoo sample outputs/dmd-emoji \"fluent red heart\" --steps 4")
+    p = commands.add_parser("sample", help="sample a student: zoo sample outputs/dmd-emoji/student \"fluent red heart\" --steps 4")
     p.add_argument("folder", help="an exported folder or a Hub id")
     p.add_argument("prompt")
     p.add_argument("--steps", type=int, help="a count of the student's contract (default: the pipeline's)")

@@ -279,7 +279,7 @@ class Run:
     def watch(self, student, times, rule: str = "renoise", **contract):
         """Name the student that leaves: `student` (a Trainee) is averaged, sampled beside the teacher, measured and exported.
 
-        times: process times the student was trained at, noise to data; rule: its sampling rule (see rollout.sample)."""
+        times: times it is sampled at, noise to data; rule: its sampling rule (see watch.Watcher and rollout.sample)."""
         from .watch import Watcher
         self.watcher = Watcher(self, student, times, rule, **contract)
         return self.watcher

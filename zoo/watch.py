@@ -42,18 +42,17 @@ class FirstTimeZero:
 
 
 class Watcher:
-    """Made by `Run.watch`. times: process times of the student, noise to data; rule: see rollout.sample;
-    two_time: the student is a two-time net, watched and exported through its r = 0 fold."""
+    """Made by `Run.watch`. times: times the student is sampled at, noise to data, on the exported network's own path (a student seen
+    through a view is sampled at the times of equal angle); rule: see rollout.sample; two_time: the student is a two-time net, watched and exported through its r = 0 fold."""
 
     def __init__(self, run, student, times, rule: str, two_time: bool = False, guidance: float = 1.0,
                  guidance_range: tuple[float, float] | None = None):
         from .hub.contract import contract_for
         self.run, self.student, self.rule, self.two_time, self.guidance = run, student, rule, two_time, guidance
         self.net = run.average(student, run.cfg.ema)
-        self.times = torch.as_tensor(times, dtype=torch.float64)
-        process = student.process
-        base = getattr(student.net, "net", student.net).process          # the exported network's own path
-        self.base_times = base.time(process.angle(self.times)) if base is not process else self.times
+        base, process = getattr(student.net, "net", student.net).process, student.process
+        self.base_times = torch.as_tensor(times, dtype=torch.float64)
+        self.times = self.base_times if process is base else process.time(base.angle(self.base_times))
         self.contract = contract_for(run.model, self.base_times.tolist(), rule, guidance=guidance, guidance_range=guidance_range)
         self.trained = {k: self.times[:: len(self.times) // k] for k in self.contract.knots}
         self.health = Health()
@@ -76,7 +75,8 @@ class Watcher:
         """Student samples [n, *shape] with k steps, fixed noise."""
         noise, fresh = self._noise(n)
         net = FirstTimeZero(self.net) if self.two_time else self.net
-        return rollout.sample(net, noise, self._conditions(n, examples)[0], self.trained[k], self.rule, fresh)
+        with self.run.accelerator.autocast():
+            return rollout.sample(net, noise, self._conditions(n, examples)[0], self.trained[k], self.rule, fresh)
 
     def teach(self, steps: int, n: int, examples, guidance: float | None = None, seed: int = 2026) -> torch.Tensor:
         """Teacher samples [n, *shape] by the ODE in `steps` steps, fixed noise; guidance 0 samples the unconditional."""
@@ -84,7 +84,8 @@ class Watcher:
         cond, uncond = self._conditions(n, examples)
         cond.pop("guidance", None)
         times = self.run.model.process.t_max * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-        return rollout.sample(self.run.model.teacher, self._noise(n, seed)[0], cond, times, "ode", uncond=uncond, guidance=w)
+        with self.run.accelerator.autocast():
+            return rollout.sample(self.run.model.teacher, self._noise(n, seed)[0], cond, times, "ode", uncond=uncond, guidance=w)
 
     # ------------------------------------------------------------------------------------------------ the run's calls
     def begin(self):
@@ -94,7 +95,8 @@ class Watcher:
             return
         name = "flat" if len(model.shape) == 1 else "fashionnet" if model.name == "fashion" else metrics.default_feature_space()
         self.space, self.features = name, metrics.feature_space(name)
-        self.examples = model.examples(PROMPTS, SEEDS)
+        self.seeds = 64 if name == "flat" else SEEDS         # points are cheap, and their kernel distance needs many
+        self.examples = model.examples(PROMPTS, self.seeds)
         self.n = len(self.examples.names)
         # The score compares with teacher samples of other noise: shared noise would make the kernel distance negative.
         reference = self.teach(TEACHER_STEPS, self.n, self.examples, seed=2027)
@@ -105,7 +107,7 @@ class Watcher:
         half = self.n // 2
         self.latents = self.teach(TEACHER_STEPS, half, self.examples)
         self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 else None
-        self.shown = list(range(0, half, SEEDS))[:8]
+        self.shown = list(range(0, half, self.seeds))[:8]
         self.rows = [(f"teacher {TEACHER_STEPS} steps", model.decode(self.latents[self.shown])),
                      ("teacher 1 step", model.decode(self.teach(1, half, self.examples)[self.shown]))]
 
@@ -121,7 +123,7 @@ class Watcher:
         return conditional_kid(self._by_prompt(self.features(pictures)), self._by_prompt(self.reference_features))
 
     def _by_prompt(self, latents):
-        return latents.reshape(-1, SEEDS, *latents.shape[1:])
+        return latents.reshape(-1, self.seeds, *latents.shape[1:])
 
     def step(self):
         """Called after every student step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..process import Pred, Process, RectifiedFlow
 from .base import Backbone, Examples, Source
 
@@ -13,19 +14,29 @@ class Custom(Backbone):
 
     data: dict of tensors [N, ...], one per keyword of the network, and `x0` [N, *shape] for methods that need data;
     uncond: the same keywords for one unconditional item, [1, ...] (needed when guidance is not 1).
+    tap, features: name of the submodule whose output feeds a GAN head, and its (channels, side; None for vectors).
     The student is exported as safetensors beside fewstep.json, to be loaded into the same module class."""
 
     family = "custom"
     lora_targets = r".*"
 
     def __init__(self, network: nn.Module, data: dict[str, Tensor], *, shape: tuple[int, ...], process: Process | None = None,
-                 pred: Pred = "velocity", uncond: dict[str, Tensor] | None = None, guidance: float = 1.0, name: str = "custom"):
+                 pred: Pred = "velocity", uncond: dict[str, Tensor] | None = None, guidance: float = 1.0, name: str = "custom",
+                 tap: str = "", features: tuple[int, int | None] | None = None):
         self.module = network.requires_grad_(False).eval()
         self.table, self.shape, self.process, self.pred = data, tuple(shape), process or RectifiedFlow(), pred
         self.nothing, self.guidance, self.name, self.data = uncond, guidance, name, name
+        self.tap, self.features = tap, features
+        if guidance != 1 and uncond is None:
+            raise UserError("a guided teacher needs `uncond`: the network's keywords for one unconditional item, [1, ...]")
 
     def forward(self, module, x, timestep, cond):
         return module(x, timestep, **cond)
+
+    def head_shape(self):
+        if self.features is None:
+            raise UserError("a GAN head on a custom network needs tap=SUBMODULE and features=(channels, side)")
+        return self.features
 
     def _conditions(self, index: Tensor) -> dict:
         cond = {k: v[index] for k, v in self.table.items() if k != "x0"}

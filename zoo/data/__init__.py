@@ -28,10 +28,11 @@ TABLE_TYPES = {".parquet", ".jsonl", ".csv"}
 CAPTIONS = ("caption", "text", "prompt")  # in this order; the first present becomes `caption`
 
 
-# ------------------------------------------------------------------------------------------------ the built-in sets
+# ------------------------------------------------------------------------------ the built-in sets
 def emoji(split: str = "train") -> Dataset:
-    """Captioned 64x64 emoji in three styles; split "train", "heldout" (concept-style pairs no teacher saw) or "all".
+    """Captioned 64x64 emoji in three styles; split "train", "heldout" or "all".
 
+    Held out are concept-style pairs that no teacher saw.
     Columns image, caption, style, label, group, codepoint, source, license, split.
     Noto (Apache-2.0), Twemoji (CC-BY-4.0: name the authors where pictures are shown), Fluent (MIT).
     """
@@ -42,17 +43,18 @@ def emoji(split: str = "train") -> Dataset:
 
 
 def fashion(split: str = "train", path: str | Path | None = None) -> Dataset:
-    """Fashion-MNIST, 28x28 grey (MIT); split "train" (60,000) or "test" (10,000, shipped). Columns image, label.
+    """Fashion-MNIST, 28x28 grey (MIT); split "train" (60,000) or "test" (10,000, shipped).
 
-    The training images are looked for in `path`, the folder named by FEWSTEP_FASHION_MNIST, Debian's package
+    Columns image, label. The training images are looked for in `path`, the folder named by FEWSTEP_FASHION_MNIST, Debian's package
     dataset-fashion-mnist and the Hub, in this order; UserError when none has them.
     """
     from datasets import ClassLabel, Dataset, Features, Image
 
     from .fashion_mnist import CLASSES, arrays
     pixels, labels = arrays(split, path)
-    head = b"P5 %d %d 255\n" % pixels.shape[:0:-1]  # a PGM file is this line and the bytes: no time lost encoding
-    return Dataset.from_dict({"image": [{"bytes": head + x.tobytes(), "path": None} for x in pixels], "label": labels},
+    head = b"P5 %d %d 255\n" % pixels.shape[:0:-1]  # a PGM file is this line and the bytes: nothing to encode
+    files = [{"bytes": head + x.tobytes(), "path": None} for x in pixels]
+    return Dataset.from_dict({"image": files, "label": labels},
                              Features({"image": Image(), "label": ClassLabel(names=list(CLASSES))}))
 
 
@@ -67,13 +69,13 @@ def avatars() -> Dataset:
 BUILT_IN: dict[str, Callable[..., Dataset]] = {"emoji": emoji, "fashion": fashion, "avatars": avatars}
 
 
-# ------------------------------------------------------------------------------------------------ the user's own
+# ------------------------------------------------------------------------------ the user's own
 def open_dataset(spec: str | Path) -> Dataset:
     """A set of images by name, as a `datasets.Dataset` with `image` and, where known, `caption` and `label`.
 
-    spec: "emoji", "fashion" or "avatars", with a split as in "fashion:test"; a folder of images; a parquet, jsonl
-    or csv file whose column `image` holds pictures or paths relative to the file; or a Hub id ("user/name" or
-    "user/name:split"). In a folder, captions come from metadata.jsonl or metadata.csv (columns file_name and
+    spec: "emoji", "fashion" or "avatars", with a split as in "fashion:test"; a folder of images; a parquet,
+    jsonl or csv file whose column `image` holds pictures or paths relative to the file; or a Hub id
+    ("user/name" or "user/name:split"). In a folder, captions come from metadata.jsonl or metadata.csv (columns file_name and
     caption) or from a .txt file beside each image, labels from the first level of subfolders.
     Raises UserError when there is nothing to read or no images in it.
     """
@@ -86,7 +88,7 @@ def open_dataset(spec: str | Path) -> Dataset:
 
 
 def prompts(spec: str | Path) -> list[str]:
-    """Prompts from a .txt file (one a line, empty lines skipped) or the captions of whatever `open_dataset` names.
+    """Prompts from a .txt file (one a line, empty lines skipped) or the captions of what `open_dataset` reads.
 
     Tables need no images: a column caption, text or prompt is enough. Raises UserError when missing or empty.
     """
@@ -95,26 +97,27 @@ def prompts(spec: str | Path) -> list[str]:
     else:
         table = _table(spec)
         if "caption" not in table.column_names:
-            raise UserError(f"{spec} has no column {', '.join(CAPTIONS)}: it has {', '.join(table.column_names)}")
+            raise UserError(f"{spec} has no column {' or '.join(CAPTIONS)}: "
+                            f"it has {', '.join(table.column_names) or 'none'}")
         lines = table["caption"]
     found = [line.strip() for line in lines if line and line.strip()]
     if not found:
-        raise UserError(f"{spec} holds no prompts: write one prompt a line (.txt) or a column `caption` (jsonl, csv, parquet)")
+        raise UserError(f"{spec} holds no prompts: write one a line (.txt) or fill its column `caption`")
     return found
 
 
 def images(data: Dataset | str | Path, size: int, channels: int = 3) -> Tensor:
-    """The pictures of a set as float32 [N, channels, size, size] in [-1, 1]; see `load` for what is done to them."""
+    """The pictures of a set as float32 [N, channels, size, size] in [-1, 1]; `load` says how."""
     return load(data, size, channels)[0]
 
 
 def load(data: Dataset | str | Path, size: int, channels: int = 3) -> tuple[Tensor, Dataset]:
     """The pictures of a set, float32 [N, channels, size, size] in [-1, 1], and the N rows they belong to.
 
-    Transparency becomes white (one channel: 3 -> 1 by luma). A picture at most one eighth smaller than `size` is
-    padded, with black if channels = 1 and else white, so that 28x28 becomes 32x32 untouched; any other is scaled
-    to cover the square and cropped at its centre. Pictures that cannot be decoded are skipped with one warning
-    that counts them; UserError when they are more than 1 %.
+    Transparency becomes white (one channel: 3 -> 1 by luma). A picture at most one eighth smaller than
+    `size` is padded, with black if channels = 1 and else white, so that 28x28 becomes 32x32 untouched; any other
+    is scaled to cover the square and cropped at its centre. Pictures that cannot be decoded are skipped with one
+    warning that counts them; UserError when they are more than 1 %.
     """
     import numpy as np
     import torch
@@ -128,13 +131,14 @@ def load(data: Dataset | str | Path, size: int, channels: int = 3) -> tuple[Tens
         try:
             pixels[len(good)] = _decode(row["image"], size, channels)
             good.append(i)
-        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more on broken files
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
             bad.append(f"{(row['image'] or {}).get('path') or f'row {i}'} ({type(error).__name__})")
     if len(bad) > 0.01 * len(rows):
-        raise UserError(f"{len(bad)} of {len(rows)} images cannot be decoded (allowed: 1 %), the first is {bad[0]}: "
-                        "remove or replace them")
+        raise UserError(f"{len(bad)} of {len(rows)} images cannot be decoded (allowed: 1 %), "
+                        f"the first is {bad[0]}: remove or replace them")
     if bad:
-        warnings.warn(f"skipped {len(bad)} of {len(rows)} images that cannot be decoded, the first is {bad[0]}", stacklevel=2)
+        warnings.warn(f"skipped {len(bad)} of {len(rows)} images that cannot be decoded, the first is {bad[0]}",
+                      stacklevel=2)
     flat = torch.from_numpy(pixels[: len(good)]).permute(0, 3, 1, 2).contiguous()
     return flat.float().div_(127.5).sub_(1), table.select(good) if bad else table
 
@@ -159,7 +163,7 @@ def _decode(entry: dict, size: int, channels: int):
     return np.asarray(image).reshape(size, size, channels)
 
 
-# ------------------------------------------------------------------------------------------------ reading tables
+# ------------------------------------------------------------------------------ reading tables
 def _table(spec: str | Path) -> Dataset:
     name, _, split = str(spec).partition(":")
     if name in BUILT_IN:
@@ -169,9 +173,10 @@ def _table(spec: str | Path) -> Dataset:
         return _folder(path)
     if path.suffix in TABLE_TYPES:
         return _file(path)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix in IMAGE_TYPES | {".txt", ".json"}:
-        raise UserError(f"no data at {str(spec)!r}: give {', '.join(BUILT_IN)}, a folder of images, a parquet, jsonl or csv file, "
-                        "or a Hub id such as user/name")
+    file = path.suffix in IMAGE_TYPES | {".txt", ".json"}
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or file:
+        raise UserError(f"no data at {str(spec)!r}: give {', '.join(BUILT_IN)}, a folder of images, "
+                        "a parquet, jsonl or csv file, or a Hub id such as user/name")
     return _hub(name, split or "train")
 
 
@@ -181,7 +186,8 @@ def _text(path: Path, what: str) -> str:
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path} cannot be read ({type(error).__name__}): save it as UTF-8 text") from error
+        raise UserError(f"{what} {path} cannot be read ({type(error).__name__}): "
+                        "save it as UTF-8 text") from error
 
 
 def _parquet(path: Path) -> Dataset:
@@ -200,7 +206,8 @@ def _rows(path: Path) -> list[dict]:
             try:
                 rows.append(dict(json.loads(line)))
             except ValueError as error:
-                raise UserError(f"{path} line {number} is not a JSON object: write one {{...}} a line") from error
+                raise UserError(f"{path} line {number} is not a JSON object: "
+                                "write one {...} a line") from error
     return rows
 
 
@@ -213,12 +220,13 @@ def _file(path: Path) -> Dataset:
         try:
             table = _parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-            raise UserError(f"{path} is not a readable parquet file ({type(error).__name__}): write it again") from error
+            raise UserError(f"{path} is not a readable parquet file ({type(error).__name__}): "
+                            "write it again") from error
     else:
         table = Dataset.from_list(_rows(path))
     table = _named(table)
     if "image" in table.column_names and not isinstance(table.features["image"], Image):
-        if table.features["image"] == Value("string"):  # paths relative to the file; absolute ones stay as they are
+        if table.features["image"] == Value("string"):  # paths, relative to the file unless absolute
             paths = [str(path.parent / p) if p else None for p in table["image"]]
             table = table.remove_columns("image").add_column("image", paths)
         table = table.cast_column("image", Image())
@@ -230,14 +238,16 @@ def _folder(folder: Path) -> Dataset:
 
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
     if not files:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_TYPES))}): point to a folder with at least one")
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_TYPES))}): "
+                        "point to a folder with at least one")
     columns = {"image": [str(p) for p in files]}
     metadata = next((folder / n for n in ("metadata.jsonl", "metadata.csv") if (folder / n).is_file()), None)
     names = sorted({p.relative_to(folder).parts[0] for p in files if p.parent != folder})
     if metadata:
         rows = _rows(metadata)
         if any("file_name" not in row for row in rows):
-            raise UserError(f"{metadata} has rows without file_name: every row names its image, relative to {folder}")
+            raise UserError(f"{metadata} has rows without file_name: every row names its image, "
+                            f"relative to {folder}")
         known = {str(folder / row.pop("file_name")): row for row in rows}
         for key in dict.fromkeys(k for row in known.values() for k in row):
             columns[key] = [known.get(p, {}).get(key) for p in columns["image"]]
@@ -255,10 +265,10 @@ def _hub(name: str, split: str) -> Dataset:
     from datasets import Image, load_dataset
     try:
         table = load_dataset(name, split=split)
-    except Exception as error:  # offline, private, misspelt, unknown split: many classes, the remedy is the same
+    except Exception as error:  # offline, private, misspelt, unknown split: the remedy is the same
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"no data at {name!r}: it is no folder or file here, and the Hub set could not be loaded "
-                        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}); "
-                        "check the path or id, its split (user/name:split) and the network") from error
+                        f"({reason}); check the path or id, its split (user/name:split) and the network") from error
     if "image" not in table.column_names:
         pictures = [k for k, feature in table.features.items() if isinstance(feature, Image)]
         table = table.rename_column(pictures[0], "image") if pictures else table

@@ -12,7 +12,8 @@ import numpy as np
 
 from zoo.errors import UserError
 
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot")
 ASSETS = Path(__file__).parent.parent / "assets" / "fashion"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 HUB_ID = "zalando-datasets/fashion_mnist"
@@ -22,7 +23,7 @@ ENV = "FEWSTEP_FASHION_MNIST"
 def read_idx(path: str | Path) -> np.ndarray:
     """An idx file, gzipped or not, as a uint8 array: [N] labels or [N, H, W] images.
 
-    The header is two zero bytes, the type (8 = uint8), the number of axes, then one big-endian uint32 per axis.
+    The header: two zero bytes, the type (8 = uint8), the number of axes, one big-endian uint32 per axis.
     """
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
@@ -63,7 +64,7 @@ def _from_hub(split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         data = load_dataset(HUB_ID, split=split).with_format("numpy")
     except Exception as error:  # offline, not cached, gated, moved: the remedy is the same
-        raise UserError(f"Fashion-MNIST {split} images not found ({type(error).__name__}): set {ENV} to a folder with "
-                        f"the *-ubyte.gz files, or `apt install dataset-fashion-mnist` ({DEBIAN}), "
+        raise UserError(f"Fashion-MNIST {split} images not found ({type(error).__name__}): set {ENV} to a "
+                        f"folder with the *-ubyte.gz files, or `apt install dataset-fashion-mnist` ({DEBIAN}), "
                         f"or allow network access to the Hub set {HUB_ID}") from error
     return data["image"][:], data["label"][:].astype(np.uint8)
