@@ -41,7 +41,7 @@ class Config:
     log: Path = Path("benchmarks/teacher/emoji.jsonl")
     minutes: float = 90.0
     """Training time over all resumed parts; the learning rate falls to zero over the last `cooldown` of it."""
-    cooldown: float = 0.5
+    cooldown: float = 0.35
     export_minutes: float = 10.0
     batch: int = 64
     lr: float = 1.5e-3
@@ -126,6 +126,25 @@ def split_parameters(net: torch.nn.Module) -> tuple[list, list]:
     return hidden, [p for _, p in named if id(p) not in ids]
 
 
+@dataclass
+class Portable:
+    """A pipeline that, once saved in half precision, loads with no dtype argument on a CPU and in older versions.
+
+    transformers 5 would load the text encoder in the dtype its config names, and diffusers the rest in float32; and
+    it writes a tokenizer class name that transformers 4 does not know.
+    """
+
+    pipe: StableDiffusionPipeline
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.pipe.save_pretrained(folder)
+        for file, old, new in (("text_encoder/config.json", '"float16"', '"float32"'),
+                               ("model_index.json", "TokenizersBackend", "PreTrainedTokenizerFast"),
+                               ("tokenizer/tokenizer_config.json", "TokenizersBackend", "PreTrainedTokenizerFast")):
+            path = folder / file
+            path.write_text(path.read_text().replace(old, new))
+
+
 def export(cfg: Config, weights: list[torch.Tensor], tokenizer) -> None:
     """Write the averaged weights as a complete pipeline folder, in half precision."""
     unet, text = make_unet(), make_text_encoder(tokenizer)
@@ -135,7 +154,7 @@ def export(cfg: Config, weights: list[torch.Tensor], tokenizer) -> None:
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(cfg.vae), text_encoder=text, tokenizer=tokenizer, unet=unet,
         scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    save_atomically(pipe.to(torch.float16), cfg.out)
+    save_atomically(Portable(pipe.to(torch.float16)), cfg.out)
 
 
 def main(cfg: Config) -> None:

@@ -52,7 +52,7 @@ def sample(folder: str, prompt: str, steps: int | None, seeds: int, out: str) ->
 
 def class_number(prompt: str) -> int:
     """A class by number, or by its Fashion-MNIST name."""
-    from .data.fashion import CLASSES
+    from .data.fashion_mnist import CLASSES
     if prompt.isdigit():
         return int(prompt)
     if prompt in CLASSES:

@@ -104,7 +104,7 @@ class Watcher:
         self.reference_features = self.features(self.reference)
         self.reference_diversity = metrics.diversity(self._by_prompt(reference))
         # On the student's own noise: the grid's rows, and the ruler of the guidance health rule.
-        half = self.n // 2
+        half = self.half = max(1, len(self.examples.names) // self.seeds // 2) * self.seeds
         self.latents = self.teach(TEACHER_STEPS, half, self.examples)
         self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 else None
         self.shown = list(range(0, half, self.seeds))[:8]
@@ -160,8 +160,7 @@ class Watcher:
         if self.space != "flat":
             self.warn(self.health.samples(run.step, by(most), self._by_prompt(self.reference)))
         if self.guides:
-            half = self.n // 2
-            self.warn(self.health.guidance(run.step, *(self._by_prompt(x[:half]) for x in (most, self.latents, *self.guides)), run.model.guidance))
+            self.warn(self.health.guidance(run.step, *(self._by_prompt(x[: self.half]) for x in (most, self.latents, *self.guides)), run.model.guidance))
         if score < run.best[0]:
             run.best = (score, run.step)
             from .run import save_tensors

@@ -49,8 +49,7 @@ class Pixel(Backbone):
         if not images:                        # labels are all a data-free method needs
             n = max(self.classes - 1, 1) if self.classes else 1
             return Source(n * 1000, lambda index: self._conditions(index % n))
-        table = datasets_.open_dataset(self.data)
-        pixels = datasets_.images(table, self.shape[-1], self.shape[0])
+        pixels, table = datasets_.load(self.data, self.shape[-1], self.shape[0])
         label = torch.tensor(table["label"]) if "label" in table.column_names else torch.zeros(len(pixels), dtype=torch.long)
         return Source(len(pixels), lambda index: self._conditions(label[index]) | {"x0": pixels[index]})
 

@@ -44,15 +44,11 @@ class StableDiffusion(Backbone):
 
     def batches(self, images=False):
         if images:
-            table = datasets_.open_dataset(self.data)
-            column = next((c for c in ("caption", "text", "prompt") if c in table.column_names), None)
-            if column is None:
-                raise UserError(f"--data {self.data} has no caption column (caption, text or prompt) beside its images: it has {', '.join(table.column_names)}")
-            captions = list(table[column])
             size = self.shape[-1] * self.pipe.vae_scale_factor
-            pixels = datasets_.images(table, size, 3)
-            if len(pixels) != len(captions):
-                raise UserError(f"--data {self.data} holds undecodable images beside captions: remove them so that both stay aligned")
+            pixels, table = datasets_.load(self.data, size, 3)
+            if "caption" not in table.column_names:
+                raise UserError(f"--data {self.data} has no caption column (caption, text or prompt) beside its images: it has {', '.join(table.column_names)}")
+            captions = list(table["caption"])
             latents = Memo(lambda i: self.encode(pixels[i]))
         else:
             captions = datasets_.prompts(self.data)

@@ -45,8 +45,8 @@ def emoji(split: str = "train") -> Dataset:
 def fashion(split: str = "train", path: str | Path | None = None) -> Dataset:
     """Fashion-MNIST, 28x28 grey (MIT); split "train" (60,000) or "test" (10,000, shipped).
 
-    Columns image, label. The training images are looked for in `path`, the folder named by FEWSTEP_FASHION_MNIST, Debian's package
-    dataset-fashion-mnist and the Hub, in this order; UserError when none has them.
+    Columns image, label. The training images are looked for in `path`, the folder named by FEWSTEP_FASHION_MNIST,
+    Debian's package dataset-fashion-mnist and the Hub, in this order; UserError when none has them.
     """
     from datasets import ClassLabel, Dataset, Features, Image
 
@@ -75,8 +75,8 @@ def open_dataset(spec: str | Path) -> Dataset:
 
     spec: "emoji", "fashion" or "avatars", with a split as in "fashion:test"; a folder of images; a parquet,
     jsonl or csv file whose column `image` holds pictures or paths relative to the file; or a Hub id
-    ("user/name" or "user/name:split"). In a folder, captions come from metadata.jsonl or metadata.csv (columns file_name and
-    caption) or from a .txt file beside each image, labels from the first level of subfolders.
+    ("user/name" or "user/name:split"). In a folder, captions come from metadata.jsonl or metadata.csv (columns
+    file_name and caption) or from a .txt file beside each image, labels from the first level of subfolders.
     Raises UserError when there is nothing to read or no images in it.
     """
     table = _table(spec)

@@ -1,0 +1,126 @@
+"""The whole life of every script on tiny stock pipelines: train, stop, resume, export, lint the card, open with stock diffusers, sample."""
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "train_scripts")]
+from tiny import tiny_pixel, tiny_sd  # noqa: E402
+
+from zoo import registry  # noqa: E402
+from zoo.hub.card import lint  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Tiny teachers and an image folder with captions and a corrupt file among 200."""
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_sd(root / "sd")
+    tiny_pixel(root / "pixel")
+    (root / "images").mkdir()
+    g = np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        Image.fromarray(g.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(root / "images" / f"{i:03d}.png")
+        rows.append({"file_name": f"{i:03d}.png", "caption": f"noto picture {i}"})
+    (root / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "prompts.txt").write_text("a red heart\na blue cat\n\na green tree\n")
+    return root
+
+
+CASES = [(m.name, family, lora) for m in registry.methods() for family, lora in (("sd", 4), ("sd", 0), ("pixel", 0), ("pixel", 4))]
+
+
+@pytest.mark.parametrize("name,family,lora", CASES, ids=[f"{n}-{f}-{'lora' if r else 'full'}" for n, f, r in CASES])
+def test_life(world, tmp_path, name, family, lora):
+    from diffusers import DiffusionPipeline
+    script = importlib.import_module(f"train_{name}")
+    needs_images = name != "dmd"
+    cfg = script.Config(teacher=str(world / family), data=str(world / ("images" if needs_images else "prompts.txt")) if family == "sd" or needs_images else "",
+                        batch=4, steps=2, lora=lora, time_budget=0, output_dir=str(tmp_path / "run"), sample_every=2, measure_every=2, checkpoint_every=1,
+                        gradient_checkpointing=bool(lora) and family == "sd", mixed_precision="no", guidance=2.0, report_to="tensorboard" if lora else "none")
+    run = script.main(cfg)
+    pristine = {k: v.clone() for k, v in DiffusionPipeline.from_pretrained(str(world / family)).unet.state_dict().items()}
+    base = {k.replace(".base_layer", ""): v for k, v in run.model.module.state_dict().items() if "lora_" not in k and "cond_proj" not in k}
+    assert all(torch.equal(base[k], pristine[k].float()) for k in pristine if "cond_proj" not in k)      # the frozen base kept its bits
+    resumed = script.main(dataclasses.replace(cfg, steps=4))
+    assert (run.step, resumed.step) == (2, 4)
+    out = tmp_path / "run"
+    assert len(list((out / "samples").glob("*.png"))) >= 2 and (out / "measured.json").exists()
+    assert bool(list(out.rglob("events.out.tfevents*"))) == bool(lora)
+    student = out / "student"
+    assert lint(student) == []
+    pipe = DiffusionPipeline.from_pretrained(str(student))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red heart"} if family == "sd" else {"class_labels": 1}
+    for k in (1, 2, 4):
+        picture = pipe(**call, num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="np").images
+        assert np.isfinite(picture).all()
+    if family == "sd":
+        with pytest.raises(ValueError):
+            pipe(**call)                                    # 50 steps: refused by the stock scheduler, not sampled wrongly
+    second = script.main(dataclasses.replace(cfg, steps=1, output_dir=str(tmp_path / "second"), init_student=str(student), report_to="none"))
+    assert json.loads((tmp_path / "second/student/fewstep.json").read_text())["student"]["chain"] and second.step == 1
+
+
+def test_checkpointed_gradients_equal_plain_ones_with_roles_interleaved(world):
+    """Activation checkpointing recomputes with the adapter of the forward pass, whatever ran since."""
+    from zoo import backbones
+    grads = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = backbones.load(str(world / "sd"), data=str(world / "prompts.txt"))
+        G, critic = (model.make(role, lora=4, gradient_checkpointing=checkpointing) for role in ("student", "critic"))
+        for i, p in enumerate(p for net in (G, critic) for p in net.trainable().values()):
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.05
+        model.module.train()
+        x = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(1))
+        t = torch.full((2,), 0.6)
+        cond = model.batches().get(torch.tensor([0, 1]))["cond"]
+        y = G(x, t, cond)
+        z = critic(y, t, cond)
+        model.teacher(x, t, cond)                            # another role runs before backward
+        z.square().mean().backward()
+        grads[checkpointing] = [p.grad.clone() for p in G.trainable().values()]
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(grads[False], grads[True]))
+    assert max(g.abs().max() for g in grads[True]) > 0       # through the critic to the student
+
+
+def test_two_time_starts_as_the_teacher_and_reads_its_second_time(world):
+    from zoo import backbones
+    for family in ("sd", "pixel"):
+        model = backbones.load(str(world / family), data=str(world / "prompts.txt"))
+        net = model.make("student", two_time=True)
+        cond = model.batches().get(torch.tensor([0, 1]))["cond"]
+        x, t = torch.randn(2, *model.shape), torch.full((2,), 0.6)
+        assert torch.equal(net(x, t, cond, r=t), model.teacher(x, t, cond))
+        torch.nn.init.normal_(net.module.time_embedding.cond_proj.weight, std=0.1)
+        assert not torch.allclose(net(x, t, cond, r=t), net(x, t, cond, r=0 * t), atol=1e-4)
+        with pytest.raises(ValueError, match="two_time=True"):
+            model.make("other")(x, t, cond, r=t)
+
+
+def test_guidance_is_the_stock_pipelines_own(world):
+    """losses.guided at w equals the stock pipeline's classifier-free step at guidance_scale=w."""
+    from diffusers import StableDiffusionPipeline
+
+    from zoo import backbones, losses
+    model = backbones.load(str(world / "sd"), data=str(world / "prompts.txt"))
+    pipe = StableDiffusionPipeline.from_pretrained(str(world / "sd"))
+    pipe.set_progress_bar_config(disable=True)
+    noise, seen = torch.randn(1, *model.shape), {}
+    def keep(p, i, t, kwargs):
+        seen.setdefault("x1", kwargs["latents"].clone())
+        return kwargs
+    pipe("a blue cat", latents=noise, num_inference_steps=4, guidance_scale=3.5, output_type="latent", callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
+    t, r = torch.tensor([1.0]), torch.tensor([0.75])
+    cond, uncond = {"prompt": model.encode_prompts(["a blue cat"])}, {"prompt": model.encode_prompts([""])}
+    v = losses.guided(model.teacher, noise, t, cond, uncond, 3.5, to="v")
+    mine = model.process.step(*model.process.pair(v, noise, t, "v"), r)
+    assert torch.allclose(mine, seen["x1"], atol=1e-4)
