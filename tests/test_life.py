@@ -34,10 +34,13 @@ def world(tmp_path_factory):
     return root
 
 
-CASES = [(m.name, family, lora) for m in registry.methods() for family, lora in (("sd", 4), ("sd", 0), ("pixel", 0), ("pixel", 4))]
+# One case of each script is in the fast suite, all of them in the slow one.
+FORMS = [("sd", 4), ("sd", 0), ("pixel", 0), ("pixel", 4)]
+CASES = [pytest.param(m.name, *form, id=f"{m.name}-{form[0]}-{'lora' if form[1] else 'full'}", marks=[] if i % len(FORMS) == j else pytest.mark.slow)
+         for i, m in enumerate(registry.methods()) for j, form in enumerate(FORMS)]
 
 
-@pytest.mark.parametrize("name,family,lora", CASES, ids=[f"{n}-{f}-{'lora' if r else 'full'}" for n, f, r in CASES])
+@pytest.mark.parametrize("name,family,lora", CASES)
 def test_life(world, tmp_path, name, family, lora):
     from diffusers import DiffusionPipeline
     script = importlib.import_module(f"train_{name}")

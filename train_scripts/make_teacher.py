@@ -50,6 +50,8 @@ class Config:
     ema: float = 0.998
     drop: float = 0.1
     """Share of captions replaced by the empty one."""
+    emphasis: float = 1.0
+    """Weight of the smileys (one image in six) in the draw of training images, relative to all other groups."""
     seed: int = 0
     threads: int = 1
     """A second thread pays only where a second core is idle."""
@@ -166,6 +168,7 @@ def main(cfg: Config) -> None:
     tokenizer = make_tokenizer(columns["caption"])
     encode = lambda texts: tokenizer(texts, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     tokens, empty = encode([columns["caption"][i] for i in rows]), encode([""])
+    weights = torch.tensor([cfg.emphasis if columns["group"][i] == "smileys" else 1.0 for i in rows])
     scheduler = make_scheduler()
     alpha, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
 
@@ -198,7 +201,7 @@ def main(cfg: Config) -> None:
         fall = min(1.0, (1 - done) / cfg.cooldown)
         for optimizer, lr in optimizers.items():
             optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 200) * (1 - math.cos(math.pi * fall)) / 2
-        picked = torch.randint(len(rows), (cfg.batch,))
+        picked = torch.multinomial(weights, cfg.batch)
         t = torch.randint(1000, (cfg.batch,))
         z0, eps = latents[picked], torch.randn(cfg.batch, 4, 16, 16)
         a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)

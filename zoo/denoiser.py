@@ -156,13 +156,11 @@ class Denoiser:
         elif self.slot == "guidance":
             condition = scalar_embedding(cond["guidance"] - 1)
         self._tapped = [] if logits else None
-        call = lambda *a: torch.func.functional_call(_Bound(self.module, self.forward), {f"module.{k}": v for k, v in self.weights.items()}, a) \
-            if self.weights is not None else self.forward(self.module, *a)
         embedding = getattr(self.module, "time_embedding", None)
         with role_active(self.module, self.role):
             if hasattr(embedding, "condition"):
                 embedding.condition = condition
-            out = call(x, self.process.timestep(t), cond)
+            out = self._raw(x, self.process.timestep(t), cond)
             if hasattr(embedding, "condition"):
                 embedding.condition = None
         out = self.process.convert(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, x, t, self.pred, to)
@@ -170,6 +168,11 @@ class Denoiser:
             return out
         features, self._tapped = self._tapped[-1], None
         return out, self.head(features)
+
+    def _raw(self, *args):
+        if self.weights is None:
+            return self.forward(self.module, *args)
+        return torch.func.functional_call(_Bound(self.module, self.forward), {f"module.{k}": v for k, v in self.weights.items()}, args)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters this role trains: its own adapter (LoRA) or the whole module, and its GAN head."""
@@ -186,6 +189,8 @@ class Denoiser:
 
 
 class _Bound(nn.Module):
+    """A module with its family's way of calling it, so that `functional_call` can replace its weights."""
+
     def __init__(self, module, forward):
         super().__init__()
         self.module, self.call = module, forward

@@ -39,8 +39,11 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
 
     device = next(iter(net.trainable().values())).device
     x, t = torch.randn(1, *shape, device=device), torch.full((1,), 0.5, device=device)
+    cond = {k: v[:1].to(device) for k, v in cond.items()}
+    if net.slot == "guidance":
+        cond["guidance"] = torch.ones(1, device=device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(x, t, {k: v[:1].to(device) for k, v in cond.items()} | ({"guidance": torch.ones(1, device=device)} if net.slot == "guidance" else {}), to="v")
+        net(x, t, cond, to="v")
     return sum(seen.values())
 
 

@@ -117,7 +117,7 @@ class Run:
 
         self.cfg, self.model = cfg, model
         on_cpu = not torch.cuda.is_available()
-        if on_cpu and "OMP_NUM_THREADS" in os.environ and os.environ.get("ACCELERATE_MIXED_PRECISION") and not os.environ.get("ZOO_KEEP_THREADS"):
+        if on_cpu and os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
             # `accelerate launch` exports OMP_NUM_THREADS=1 for a single CPU process, nearly halving its speed.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self.out = Path(cfg.output_dir or f"outputs/{cfg.method}-{Path(str(model.name)).name}")
@@ -446,6 +446,12 @@ class Run:
                 for n, v in load_file(folder / f"{t.name}.average{i}.safetensors").items():
                     average[n].copy_(v)
         if self.rank == 0:
+            # Rows after the checkpoint will be written again by the steps that are repeated.
+            rows = (self.out / "metrics.jsonl").read_text().splitlines(keepends=True)
+            kept = [r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= self.step]
+            self._log_file.close()
+            _write(self.out / "metrics.jsonl", "".join(kept))
+            self._log_file = open(self.out / "metrics.jsonl", "a")
             print(f"resumed from {folder}", file=sys.stderr)
 
 
@@ -462,9 +468,11 @@ def _write(path: Path, text: str):
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path):
-    """safetensors, contiguous on the CPU."""
+    """safetensors, contiguous on the CPU; written beside and renamed."""
     from safetensors.torch import save_file
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+    temp = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temp)
+    os.replace(temp, path)
 
 
 def _optimizer_tensors(t: Trainee) -> dict[str, Tensor]:
