@@ -2,28 +2,25 @@
 
     nice -n 10 python train_scripts/make_autoencoder.py --minutes 12 --decoder-minutes 20
 
-First encoder and decoder are trained together (L1 + L1 of image gradients + a small KL). Then the affine map that
-gives the latents zero mean and identity covariance is folded into the two 1x1 convolutions `quant_conv` and
-`post_quant_conv`: the reconstruction is unchanged and `scaling_factor = 1` is right. The result is saved, and from
-then on the encoder is frozen, so a teacher may already be trained on its latents while the decoder alone is trained
-on for `decoder_minutes`. Only images of split "train" are used; PSNR is reported for both splits.
+First encoder and decoder are trained together (L1 + L1 of image gradients + a small KL). Then the affine map
+that gives the latents zero mean and identity covariance is folded into the two 1x1 convolutions `quant_conv`
+and `post_quant_conv`: the reconstruction is unchanged and `scaling_factor = 1` is right. The result is saved,
+and from then on the encoder is frozen, so a teacher may already be trained on its latents while the decoder
+alone is trained on for `decoder_minutes`. Only images of split "train" are used; PSNR is reported for both.
 """
 
-import io
 import json
 import math
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
-from datasets import load_dataset
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+
+from emoji_parts import encode_all, load_images, save_atomically, to_unit
 
 
 @dataclass
@@ -42,30 +39,6 @@ class Config:
     threads: int = 1  # small convolutions gain little from a second core
 
 
-def load_images(path: Path) -> tuple[torch.Tensor, dict[str, list[str]]]:
-    """All images as a uint8 tensor [N, 3, 64, 64], and the other columns as lists."""
-    table = load_dataset("parquet", data_files=str(path), split="train")
-    images = torch.stack([torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8)
-                          .view(p.height, p.width, 3).permute(2, 0, 1) for p in table["image"]])
-    return images, {name: table[name][:] for name in table.column_names if name != "image"}
-
-
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 127.5 - 1.0
-
-
-def save_atomically(module, folder: Path) -> None:
-    """Write beside `folder` and rename, so that a reader never sees half a model."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    module.save_pretrained(fresh)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def image_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1 of the pixels plus L1 of their horizontal and vertical differences."""
     error = output.float() - target
@@ -73,13 +46,8 @@ def image_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([vae.encode(to_unit(batch)).latent_dist.mode() for batch in images.split(128)])
-
-
-@torch.no_grad()
 def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Fold z -> W (z - mean), W = cov^(-1/2), into the 1x1 convolutions; the posterior noise is switched off."""
+    """Fold z -> W (z - mean), W = cov^(-1/2), into the 1x1 convolutions; switch the posterior noise off."""
     z = encode_all(vae, images).transpose(0, 1).flatten(1).double()
     mean = z.mean(dim=1)
     values, vectors = torch.linalg.eigh(torch.cov(z))
@@ -97,8 +65,8 @@ def whiten(vae: AutoencoderKL, images: torch.Tensor) -> None:
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
     """Mean peak signal-to-noise ratio in dB over images."""
-    mse = [F.mse_loss(vae.decode(vae.encode(to_unit(b)).latent_dist.mode()).sample.clamp(-1, 1), to_unit(b),
-                      reduction="none").mean(dim=(1, 2, 3)) for b in images.split(64)]
+    mse = [(vae.decode(encode_all(vae, b)).sample.clamp(-1, 1) - to_unit(b)).square().mean(dim=(1, 2, 3))
+           for b in images.split(64)]
     return (10 * torch.log10(4.0 / torch.cat(mse))).mean().item()
 
 
@@ -157,9 +125,10 @@ def main(cfg: Config) -> None:
     if cfg.skip_encoder:
         vae = AutoencoderKL.from_pretrained(cfg.out)
     else:
-        vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                            block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
-                            mid_block_add_attention=False, sample_size=64, scaling_factor=1.0, force_upcast=False)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+            mid_block_add_attention=False, sample_size=64, scaling_factor=1.0, force_upcast=False)
         train(vae, images[in_train], cfg, cfg.minutes, "joint")
         whiten(vae, images[in_train])
         finish("joint")

@@ -3,11 +3,11 @@
     python train_scripts/make_emoji.py                      # fetches the four packages with `npm pack`
     python train_scripts/make_emoji.py --tarballs folder/   # uses tarballs already in a folder
 
-Images come from three openly licensed sets (Noto, Twemoji, Fluent 3D), labels from emojibase; the attributions are in
-zoo/assets/emoji/NOTICE. People, flags and keycap-like symbols are left out. Columns: image (WebP bytes, a `datasets`
-Image), caption "{style} {label}", style, label, group, codepoint, source, license, split. Five percent of the
-(concept, style) pairs carry split "heldout"; the two other styles of such a concept are always in "train", so a
-held-out caption is a new combination of known words.
+Images come from three openly licensed sets (Noto, Twemoji, Fluent 3D), labels from emojibase; attributions
+are in zoo/assets/emoji/NOTICE. People, flags and keycap symbols are left out. Columns: image (WebP bytes,
+a `datasets` Image), caption "{style} {label}", style, label, group, codepoint, source, license, split. Five
+percent of the (concept, style) pairs carry split "heldout"; the two other styles of such a concept are always
+in "train", so a held-out caption is a new combination of known words.
 """
 
 import io
@@ -33,7 +33,8 @@ PACKAGES = {
 }
 GROUPS = {"Smileys & Emotion": "smileys", "Animals & Nature": "animals", "Food & Drink": "food",
           "Travel & Places": "travel", "Activities": "activities", "Objects": "objects"}
-LEFT_OUT = {"cigarette", "water pistol", "kitchen knife", "bomb", "syringe", "bikini", "pile of poo", "coffin"}
+LEFT_OUT = {"cigarette", "water pistol", "kitchen knife", "bomb", "syringe", "bikini", "pile of poo",
+            "coffin"}
 STYLES = ("noto", "twemoji", "fluent")
 MAX_WORDS = 12
 
@@ -73,7 +74,8 @@ def encode(raw: bytes, size: int, quality: int) -> bytes:
     canvas = PILImage.new("RGBA", (side, side), "white")
     canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     buffer = io.BytesIO()
-    canvas.convert("RGB").resize((size, size), PILImage.LANCZOS).save(buffer, "WEBP", quality=quality, method=6)
+    small = canvas.convert("RGB").resize((size, size), PILImage.LANCZOS)
+    small.save(buffer, "WEBP", quality=quality, method=6)
     return buffer.getvalue()
 
 
@@ -84,7 +86,7 @@ def collect(folder: Path, cfg: Config) -> list[dict]:
                 "fluent": read_package(folder, "fluent", r"package/assets/.+\.webp")}
     labels = {e["hexcode"]: e["label"] for e in
               json.loads(read_package(folder, "labels", r"package/en/data\.json")["data.json"])}
-    bare = {code.replace("-FE0F", ""): label for code, label in labels.items()}  # some lists omit the variation selector
+    bare = {code.replace("-FE0F", ""): label for code, label in labels.items()}  # some omit the selector
     rows = []
     for entry in sorted(json.loads(google["emoji.json"]), key=lambda e: e["sort_order"]):
         code = entry["unified"]
@@ -110,11 +112,11 @@ def collect(folder: Path, cfg: Config) -> list[dict]:
 
 
 def hold_out(rows: list[dict], fraction: float, seed: int) -> None:
-    """Mark one style of randomly drawn concepts that have all three, until `fraction` of the pairs is held out."""
+    """Mark one style of randomly drawn concepts that have all three, until `fraction` is held out."""
     concepts: dict[str, list[dict]] = {}
     for row in rows:
         concepts.setdefault(row["label"], []).append(row)
-    full = [group for group in concepts.values() if {r["style"] for r in group} == set(STYLES) and len(group) == 3]
+    full = [group for group in concepts.values() if sorted(r["style"] for r in group) == sorted(STYLES)]
     rng = random.Random(seed)
     for group in rng.sample(full, round(fraction * len(rows))):
         rng.choice(group)["split"] = "heldout"

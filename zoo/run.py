@@ -51,7 +51,7 @@ class RunConfig:
     lora: int = 0                   # LoRA rank; 0 trains full weights
     init_student: str = ""          # start from another run's exported student
     guidance: float = 0.0           # teacher guidance scale w in D_u + w (D_c - D_u); 0: the teacher's own default
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"    # auto: bf16 on a GPU, and on a CPU where the family gains by it
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"    # auto: bf16 on a GPU, and on a CPU that has it where the family gains by it
     gradient_checkpointing: bool = False
     seed: int = 0
     checkpoint_every: int = 50
@@ -123,7 +123,7 @@ class Run:
         self.out = Path(cfg.output_dir or f"outputs/{cfg.method}-{Path(str(model.name)).name}")
         precision = cfg.mixed_precision
         if precision == "auto":
-            precision = "bf16" if (model.bf16_on_cpu if on_cpu else torch.cuda.is_bf16_supported()) else "no"
+            precision = "bf16" if (model.bf16_on_cpu and _cpu_has_bf16() if on_cpu else torch.cuda.is_bf16_supported()) else "no"
         trackers = None if cfg.report_to == "none" else cfg.report_to
         self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.out), cpu=on_cpu)
         self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
@@ -456,6 +456,10 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------- small helpers
+def _cpu_has_bf16() -> bool:
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
 def _main_thread() -> bool:
     import threading
     return threading.current_thread() is threading.main_thread()

@@ -1,12 +1,13 @@
 """Evaluate the saved emoji teacher on 40 fixed prompts with the stock pipeline.
 
     python benchmarks/teacher/evaluate.py                   # figures of results.json and grid.png
-    python benchmarks/teacher/evaluate.py --scan            # also guidance 2, 3, 4, 5
+    python benchmarks/teacher/evaluate.py --scan            # also guidance 2, 4, 5
     python benchmarks/teacher/evaluate.py --draw            # writes prompts.txt (once, before any training)
 
 retrieval@k: share of samples whose prompted image is among the k data images nearest in centred cosine of
-EfficientNet-Lite0 features at 96 pixels. style: share whose nearest data image has the prompted style. memorisation:
-mean cosine of a sample to its nearest training image, beside the same figure of the held-out data images.
+EfficientNet-Lite0 features at 96 pixels. style: share whose nearest data image has the prompted style.
+nearest_train_cosine: mean cosine of a sample to its nearest training image, beside the same figure of the
+held-out data images (a memorising teacher's is higher). reconstruction: the autoencoder alone.
 """
 import json
 import random
@@ -25,7 +26,7 @@ from zoo.metrics.efflite0 import features
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "train_scripts"))
-from make_autoencoder import load_images, to_unit  # noqa: E402
+from emoji_parts import load_images, to_unit  # noqa: E402
 
 
 @dataclass
@@ -76,7 +77,8 @@ def score(images: torch.Tensor, prompts: list[str], data: torch.Tensor, columns:
                          "retrieval@5": sum(r < 5 for r in rank) / len(mine), "style": sum(style) / len(mine)}
     in_train = torch.tensor([s == "train" for s in columns["split"]])
     near = lambda x: (unit(x) @ unit(data[in_train]).T).amax(dim=1).mean().item()
-    result["nearest_train_cosine"] = {"samples": near(features(images)), "heldout data": near(data[~in_train])}
+    result["nearest_train_cosine"] = {"samples": near(features(images)),
+                                      "heldout data": near(data[~in_train])}
     n = len(prompts)
     result["all"] = {k: sum(result[s][k] * result[s]["n"] for s in ("train", "heldout")) / n
                      for k in ("retrieval@1", "retrieval@5", "style")}
@@ -90,9 +92,10 @@ def grid(images, real, prompts, heldout, path: Path) -> None:
         pair = torch.cat([real[i], images[i]], dim=2).clamp(-1, 1) / 2 + 0.5
         axis.imshow(pair.permute(1, 2, 0).numpy())
         title = prompts[i] if len(prompts[i]) < 34 else prompts[i][:32] + "..."
-        axis.set_title(title + (" (held out)" if heldout[i] else ""), fontsize=7, color="red" if heldout[i] else "black")
+        axis.set_title(title + " (held out)" * heldout[i], fontsize=7, color="red" if heldout[i] else "black")
         axis.axis("off")
-    figure.suptitle("left: data, right: teacher. Noto (Apache-2.0), Twemoji (CC-BY-4.0), Fluent Emoji (MIT)", fontsize=9)
+    figure.suptitle("left: data, right: teacher. Noto Emoji (Google, Apache-2.0), Twemoji (Twitter and "
+                    "contributors, CC-BY-4.0), Fluent Emoji (Microsoft, MIT); resized", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 
@@ -113,12 +116,14 @@ def main(cfg: Config) -> None:
                **score(images, prompts, data, columns)}
     row = {caption: i for i, caption in enumerate(columns["caption"])}
     picked = [row[p] for p in prompts]
-    results["reconstruction"] = score(torch.cat([
-        pipe.vae(to_unit(raw[picked]).to(pipe.vae.dtype)).sample.float()]).detach(), prompts, data, columns)["all"]
+    with torch.no_grad():
+        decoded = pipe.vae(to_unit(raw[picked])).sample
+    results["reconstruction"] = score(decoded, prompts, data, columns)["all"]
     if cfg.scan:
         results["guidance_scan"] = {str(w): score(sample(pipe, prompts, cfg, w), prompts, data, columns)["all"]
-                                    for w in (2.0, 3.0, 4.0, 5.0)}
-    grid(images, to_unit(raw[picked]), prompts, [columns["split"][i] == "heldout" for i in picked], HERE / "grid.png")
+                                    for w in (2.0, 4.0, 5.0)}
+    heldout = [columns["split"][i] == "heldout" for i in picked]
+    grid(images, to_unit(raw[picked]), prompts, heldout, HERE / "grid.png")
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 

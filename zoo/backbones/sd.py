@@ -13,6 +13,7 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 class StableDiffusion(Backbone):
     family = "sd"
+    bf16_on_cpu = True
 
     def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
         from diffusers import DiffusionPipeline
