@@ -2,6 +2,7 @@
 
     python benchmarks/teacher/evaluate.py                   # figures of results.json and grid.png
     python benchmarks/teacher/evaluate.py --scan            # also guidance 2, 4, 5
+    python benchmarks/teacher/evaluate.py --group smileys   # 40 prompts of one group, results_smileys.json
     python benchmarks/teacher/evaluate.py --draw            # writes prompts.txt (once, before any training)
 
 retrieval@k: share of samples whose prompted image is among the k data images nearest in centred cosine of
@@ -38,6 +39,8 @@ class Config:
     seed: int = 0
     scan: bool = False
     draw: bool = False
+    group: str = ""
+    """Use 40 prompts drawn from this group alone."""
     train_prompts: int = 34
     heldout_prompts: int = 6
 
@@ -105,7 +108,10 @@ def main(cfg: Config) -> None:
     if cfg.draw:
         (HERE / "prompts.txt").write_text("\n".join(draw(columns, cfg)) + "\n")
         return
-    prompts = (HERE / "prompts.txt").read_text().splitlines()
+    prompts, suffix = (HERE / "prompts.txt").read_text().splitlines(), ""
+    if cfg.group:
+        wanted = [c for c, g in zip(columns["caption"], columns["group"]) if g == cfg.group]
+        prompts, suffix = random.Random(cfg.seed).sample(wanted, len(prompts)), f"_{cfg.group}"
     pipe = DiffusionPipeline.from_pretrained(cfg.teacher)
     pipe.set_progress_bar_config(disable=True)
     start = time.time()
@@ -120,11 +126,13 @@ def main(cfg: Config) -> None:
         decoded = pipe.vae(to_unit(raw[picked])).sample
     results["reconstruction"] = score(decoded, prompts, data, columns)["all"]
     if cfg.scan:
-        results["guidance_scan"] = {str(w): score(sample(pipe, prompts, cfg, w), prompts, data, columns)["all"]
-                                    for w in (2.0, 4.0, 5.0)}
+        results["guidance_scan"] = {}
+        for w in (2.0, 4.0, 5.0):
+            figures = score(sample(pipe, prompts, cfg, w), prompts, data, columns)
+            results["guidance_scan"][str(w)] = figures["all"]
     heldout = [columns["split"][i] == "heldout" for i in picked]
-    grid(images, to_unit(raw[picked]), prompts, heldout, HERE / "grid.png")
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    grid(images, to_unit(raw[picked]), prompts, heldout, HERE / f"grid{suffix}.png")
+    (HERE / f"results{suffix}.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 
