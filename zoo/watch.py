@@ -243,7 +243,7 @@ class Watcher:
                  "seconds": run.elapsed, "steps": run.step, "prompts": [self.examples.names[i] for i in self.shown]}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
         facts |= {"method": run.cfg.method, "config": run.describe(), "contract": self.contract, "lora": run.cfg.lora,
-                  "command": " ".join(["accelerate launch", *sys.argv]), "device": device_name(run.device), "chain": chain(run.cfg.init_student)}
+                  "command": command(run.cfg.method), "device": device_name(run.device), "chain": chain(run.cfg.init_student)}
 
         def card(folder):
             picture.save(folder / "grid.png")
@@ -254,6 +254,13 @@ class Watcher:
         if run.cfg.push_to_hub:
             from .hub.publish import push
             print(f"pushed: {push(folder, run.cfg.push_to_hub)}", file=sys.stderr)
+
+
+def command(method: str) -> str:
+    """The line that repeats this run, without paths of this machine; empty when it was started from Python."""
+    import shlex
+    script = f"train_{method}.py"
+    return f"accelerate launch train_scripts/{script} {shlex.join(sys.argv[1:])}".strip() if sys.argv[0].endswith(script) else ""
 
 
 def device_name(device) -> str:

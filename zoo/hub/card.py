@@ -75,7 +75,7 @@ def _metadata(folder, model, record, contract, facts) -> dict:
     tags = ["few-step", "distillation", *([facts["method"]] if facts.get("method") else []), *steps]
     if record["lora_rank"]:
         tags += ["lora"]
-    data = {**_license(model), "library_name": "fewstep" if model.family == "toy" else "diffusers"}
+    data = {**_license(model), "library_name": "diffusers" if hasattr(model, "pipe") else "fewstep"}
     if model.family in PIPELINE_TAGS:
         data["pipeline_tag"] = PIPELINE_TAGS[model.family]
     base = _hub_id(str(model.name))
@@ -84,7 +84,7 @@ def _metadata(folder, model, record, contract, facts) -> dict:
     data |= {"tags": tags, "inference": False}
     if (folder / "grid.png").exists():
         data["widget"] = [{"text": ", ".join(dict.fromkeys(facts.get("prompts") or ["samples"])), "output": {"url": "grid.png"}}]
-    rows = [(r, m) for r in facts.get("measured") or [] if r.get("who") == "student" for m in r if m.startswith("kid_")]
+    rows = [(r, m) for r in facts.get("measured") or [] if r.get("who") == "student" for m in r if "kid_" in m]
     if rows:
         from huggingface_hub import EvalResult
         from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -140,13 +140,15 @@ def _body(folder, model, record, contract, facts) -> str:
         parts.append("![Teacher and student on the same noise, one column per prompt](grid.png)\n\n<Gallery />")
     if facts.get("measured"):
         note = f"{facts['samples']} samples; " if facts.get("samples") else ""
-        parts.append(f"## Measured\n\n{_table(facts['measured'])}\n\n{note}a guided teacher step is two network calls. `kid_*` is the kernel distance to the teacher's many-step "
-                     "samples in the named feature space (lower is better; low and high are its interval); it is not FID.")
+        parts.append(f"## Measured\n\n{_table(facts['measured'])}\n\n{note}a guided teacher step is two network calls. `conditional_kid_*` is the kernel distance, prompt by prompt, "
+                     "to the teacher's many-step samples in the named feature space (lower is better; low and high are its interval); it is not FID.")
     rows = [{"num_inference_steps": k, "timesteps": ", ".join(f"{x:g}" for x in contract.knots[k])} for k in contract.steps]
     parts.append(f"## Sampling contract\n\n{_table(rows)}\n\nguidance {contract.guidance:g}, scheduler {contract.scheduler}, prediction {contract.prediction}. "
-                 "The same is in `fewstep.json`" + (' and in `pipe.scheduler.config["_fewstep"]`.' if family != "toy" else "."))
+                 "The same is in `fewstep.json`" + (' and in `pipe.scheduler.config["_fewstep"]`.' if hasattr(model, "pipe") else "."))
     ours = f"```python\nimport zoo\n\npipe = zoo.load(\"{place}\")          # steps and guidance are filled in\nimage = pipe({call}).images[0]\n```"
-    if family == "toy":
+    if family == "custom":
+        parts.append("## Use\n\n`custom.safetensors` holds the weights of the teacher's own module class: load them into it (`load_state_dict`) and sample by the contract.")
+    elif family == "toy":
         parts.append("## Use\n\n" + ours)
     else:
         scale = f", guidance_scale={contract.guidance:g}" if guided else ""
@@ -158,7 +160,7 @@ def _body(folder, model, record, contract, facts) -> str:
                      f"pipe.load_lora_weights(\"{place}\", weight_name=\"{LORA_WEIGHTS}\")\npipe.scheduler = {contract.scheduler}.from_pretrained(\"{place}\", subfolder=\"scheduler\")\n"
                      f"image = pipe({call}, num_inference_steps={most}, guidance_scale=1).images[0]\n```".replace("LCMScheduler", contract.scheduler))
     elif record["lora_rank"]:
-        where = (SLOT_FOLDERS[record["slot"]] + "/" if record["slot"] and family != "toy" else "")
+        where = (SLOT_FOLDERS[record["slot"]] + "/" if record["slot"] and hasattr(model, "pipe") else "")
         parts.append(f"`{where}{LORA_WEIGHTS}` holds the adapter in peft's names; diffusers has no loader for it on this network, so use the fused folder. It continues in `--init_student`.")
     made = [f"- {k}: {v}" for k, v in (("command", f"`{facts['command']}`" if facts.get("command") else None), ("started from", " -> ".join(facts.get("chain") or [])),
             ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")), ("training time", f"{facts['seconds']:.0f} s" if facts.get("seconds") else None),
