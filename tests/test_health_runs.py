@@ -18,11 +18,6 @@ def warnings(out):
     return [json.loads(line)["warning"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines() if '"warning"' in line]
 
 
-@pytest.fixture(scope="module")
-def toy():
-    return backbones.load("toy")
-
-
 @pytest.mark.parametrize("options", [{}, {"guidance": 1.0, "gan": 0.01}, {"student_times": (1.0,), "critic_updates": 5}], ids=["default", "gan", "one-step"])
 def test_silent_on_healthy_runs(tmp_path, options):
     train_dmd.main(train_dmd.Config(**{**HEALTHY, **options}, output_dir=str(tmp_path / "run")))

@@ -19,7 +19,7 @@ from zoo.hub.card import lint  # noqa: E402
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Tiny teachers and an image folder with captions and a corrupt file among 200."""
+    """Tiny teachers, an image folder with captions, and a prompts file."""
     root = tmp_path_factory.mktemp("tiny")
     tiny_sd(root / "sd")
     tiny_pixel(root / "pixel")

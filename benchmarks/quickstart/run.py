@@ -12,6 +12,7 @@ Writes results-<teacher>.json here (the log), docs/quickstart.png, and the table
 Stages already in the log are not repeated unless --fresh; --install also times `pip install` in a new environment."""
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -81,7 +82,7 @@ class Bench:
             self.label = torch.arange(n) % 10
             self.cond, self.uncond = {"label": self.label}, {"label": torch.full((n,), 10)}
             real = data.images(data.fashion("test"), 32, 1)
-            self.real = self.features(real[torch.randperm(len(real), generator=g)[: max(n, 2000)]])
+            self.real_images = real[torch.randperm(len(real), generator=g)[: max(n, 2000)]]
         else:
             table = data.emoji("all")
             train = [i for i, s in enumerate(table["split"]) if s == "train"]
@@ -89,10 +90,14 @@ class Bench:
             captions = [table["caption"][i] for i in self.target.tolist()]
             self.cond = {"prompt": self.model.encode_prompts(captions)}
             self.uncond = {"prompt": self.model.encode_prompts([""]).expand(len(captions), -1, -1)}
-            self.real = self.features(data.images(table, 64, 3))      # all of them: retrieval ranks among the whole set
+            self.real_images = data.images(table, 64, 3)      # all of them: retrieval ranks among the whole set
             self.n = len(captions)
         self.noise = torch.randn(self.n, *self.model.shape, generator=g)
         self.generator = g
+
+    @functools.cached_property
+    def real(self) -> torch.Tensor:
+        return self.features(self.real_images)
 
     def part(self, d, i):
         return {k: v[i] for k, v in d.items()}
