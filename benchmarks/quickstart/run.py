@@ -198,7 +198,7 @@ def picture(b: Bench, net, teacher: str):
 def readme(states: list[dict]):
     """The results block of README.md, from the logs."""
     lines = []
-    for s in states:
+    for s in (s for s in states if s["rows"]):
         own = "class_accuracy" if s["teacher"] == "fashion" else "retrieval@5"
         job = s["jobs"].get("student", {})
         lines += [f"**{s['teacher']}** ({s['hardware']}; {s['samples']} samples a row, sampled in {s['sampling_precision']}, teacher guidance {s['guidance']:g}; main job {job.get('seconds', '-')} s in all, "
@@ -207,6 +207,9 @@ def readme(states: list[dict]):
         for r in s["rows"]:
             gap = s["gap_closed"].get(r["who"], {}).get(str(r["steps"]), "")
             lines.append(f"| {r['who']} | {r['steps']} | {r['calls']} | {r['kid_efflite0']:.0f} ({r['low']:.0f} to {r['high']:.0f}) | {r[own]:.3f} | {r['diversity']:.3f} | {r['ms_per_image']:.1f} | {gap} |")
+        missing = [k for k in TEACHER_STEPS if not any((r["who"], r["steps"]) == ("teacher", k) for r in s["rows"])]
+        if missing:
+            lines += ["", f"Not measured yet: teacher at {', '.join(map(str, missing))} steps, and so the gap closed."]
         lines.append("")
     path = ROOT / "README.md"
     block = "<!-- results:begin -->\n" + "\n".join(lines) + "<!-- results:end -->"
