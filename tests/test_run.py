@@ -88,7 +88,7 @@ def test_two_ranks_and_accumulation_agree_with_one_rank(tmp_path):
                 assert all(torch.allclose(one[f][k], theirs[f][k], atol=2e-4) for k in one[f]), (other, f)
     resumed = launch("dmd", tmp_path / "two", "--steps", "8", "--gan", "0.01", "--accumulate", "2")     # two ranks, resumed on one
     assert resumed.returncode == 0 and "resumed from" in resumed.stderr, resumed.stderr[-2000:]
-    assert same(two, two)
+    assert last(tmp_path / "two")[1]["step"] == 8
 
 
 RANKS = '''

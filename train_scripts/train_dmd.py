@@ -12,7 +12,8 @@ NeurIPS 2024 -- https://arxiv.org/abs/2405.14867
 Departures from the paper: the critic is not trained on student steps beyond its k updates (the official code trains it on
 the student's batch too); the critic's denoising loss is a v-MSE, finite at both ends of zero-terminal-SNR schedules; the
 student time is the earlier of two uniform draws, since one student serves 1, 2 and 4 steps and all start there; the student
-is averaged (EMA). The default is the quick start: batch 32, two critic updates, no GAN (no real data); recipes are the paper's.
+is averaged (EMA); the discriminator's real and generated samples carry the same prompts. The default is the quick start:
+batch 32, two critic updates, no GAN (no real data), no first moment in Adam, larger rates; recipes are the paper's.
 
     accelerate launch train_scripts/train_dmd.py                                       # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_dmd.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --lora 64 --data prompts.txt

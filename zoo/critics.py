@@ -29,14 +29,12 @@ class GanHead(nn.Module):
         return self.net(features.float()).flatten(1).mean(1)
 
 
-def denoising(fake, x: Tensor, eps: Tensor, t: Tensor, cond: dict, weight: str = "v") -> Tensor:
-    """Denoising loss of the fake score on the student's samples x (detached here), as a v-MSE or an x0-MSE.
+def denoising(fake, x: Tensor, eps: Tensor, t: Tensor, cond: dict) -> Tensor:
+    """Denoising loss of the fake score on the student's samples x (detached here), as a v-MSE.
 
     The v-MSE weights x0 errors by 1/sigma^2 on VP and flow paths and is bounded at both ends."""
     x = x.detach()
     x_t = fake.process.noise(x, eps, t)
-    if weight == "x0":
-        return F.mse_loss(fake(x_t, t, cond, to="x0").float(), x.float())
     alpha, sigma, _, _ = (per_sample(c, x) for c in fake.process.coeffs(t))
     return F.mse_loss(fake(x_t, t, cond, to="v").float(), (alpha * eps - sigma * x).float())
 
@@ -49,8 +47,3 @@ def discriminator(real_logit: Tensor, fake_logit: Tensor) -> Tensor:
 def generator(fake_logit: Tensor) -> Tensor:
     """Non-saturating generator loss softplus(-logit)."""
     return F.softplus(-fake_logit).mean()
-
-
-def approximate_r1(net, x_t: Tensor, t: Tensor, cond: dict, logit: Tensor, noise: Tensor, scale: float = 0.1) -> Tensor:
-    """|logit(x_t) - logit(x_t + scale noise)|^2: R1 without a double backward (APT, Lin et al. 2025)."""
-    return ((logit - net(x_t + scale * noise, t, cond, logits=True)[1]) ** 2).mean()
