@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "train_scripts")]
-from tiny import tiny_pixel, tiny_sd  # noqa: E402
+from tiny import TINY, tiny_pixel, tiny_sd  # noqa: E402
 
 from zoo import registry  # noqa: E402
 from zoo.hub.card import lint  # noqa: E402
@@ -34,20 +34,21 @@ def world(tmp_path_factory):
     return root
 
 
-# One case of each script is in the fast suite, all of them in the slow one.
-FORMS = [("sd", 4), ("sd", 0), ("pixel", 0), ("pixel", 4)]
-CASES = [pytest.param(m.name, *form, id=f"{m.name}-{form[0]}-{'lora' if form[1] else 'full'}", marks=[] if i % len(FORMS) == j else pytest.mark.slow)
-         for i, m in enumerate(registry.methods()) for j, form in enumerate(FORMS)]
+# Every script with two families, the first three with every form of each; one case of each script is in the fast suite.
+FORMS = [("sd", 4), ("pixel", 0), ("sd", 0), ("pixel", 4)]
+IMAGE_METHODS = [m for m in registry.methods() if m.modality == "image"]
+CASES = [pytest.param(m.name, *form, id=f"{m.name}-{form[0]}-{'lora' if form[1] else 'full'}", marks=[] if i % 2 == j else pytest.mark.slow)
+         for i, m in enumerate(IMAGE_METHODS) for j, form in enumerate(FORMS if m.name in ("dmd", "lcm", "meanflow") else FORMS[:2])]
 
 
 @pytest.mark.parametrize("name,family,lora", CASES)
 def test_life(world, tmp_path, name, family, lora):
     from diffusers import DiffusionPipeline
     script = importlib.import_module(f"train_{name}")
-    needs_images = name != "dmd"
+    needs_images = registry.method(name).needs.startswith("images")
     cfg = script.Config(teacher=str(world / family), data=str(world / ("images" if needs_images else "prompts.txt")) if family == "sd" or needs_images else "",
                         batch=4, steps=2, lora=lora, time_budget=0, output_dir=str(tmp_path / "run"), sample_every=2, measure_every=2, checkpoint_every=1,
-                        gradient_checkpointing=bool(lora) and family == "sd", mixed_precision="no", guidance=2.0, report_to="tensorboard" if lora else "none")
+                        gradient_checkpointing=bool(lora) and family == "sd", mixed_precision="no", guidance=2.0, report_to="tensorboard" if lora else "none", **TINY.get(name, {}))
     run = script.main(cfg)
     pristine = {k: v.clone() for k, v in DiffusionPipeline.from_pretrained(str(world / family)).unet.state_dict().items()}
     base = {k.replace(".base_layer", ""): v for k, v in run.model.module.state_dict().items() if "lora_" not in k and "cond_proj" not in k}
@@ -62,7 +63,8 @@ def test_life(world, tmp_path, name, family, lora):
     pipe = DiffusionPipeline.from_pretrained(str(student))
     pipe.set_progress_bar_config(disable=True)
     call = {"prompt": "a red heart"} if family == "sd" else {"class_labels": 1}
-    for k in (1, 2, 4):
+    steps = run.watcher.contract.steps
+    for k in steps:
         picture = pipe(**call, num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="np").images
         assert np.isfinite(picture).all()
     if family == "sd":

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 LENGTH = 8      # tokens of a prompt
+# What a script needs besides the common flags for two steps in a test (numbers of stored pairs, of stages ...).
+TINY: dict[str, dict] = {}
 WORDS = ("red", "blue", "heart", "star", "smiling", "face", "noto", "fluent")
 
 

@@ -10,6 +10,7 @@ Muon (Jordan et al. 2024), all else by Adam. Only images of split "train" are us
 diffusers folder in half precision, replaced at every export.
 
     nice -n 10 python train_scripts/make_teacher.py --minutes 90  # CPU; the same line resumes
+    ... --init zoo/assets/emoji/teacher --vae zoo/assets/emoji/teacher/vae     # trains the shipped one further
 """
 from __future__ import annotations
 
@@ -24,6 +25,9 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import emoji_parts as parts
 
@@ -33,7 +37,9 @@ class Config:
     data: Path = Path("zoo/assets/emoji/emoji.parquet")
     vae: Path = Path("runs/emoji/vae")
     out: Path = Path("zoo/assets/emoji/teacher")
-    checkpoint: Path = Path("runs/emoji/teacher.pt")
+    init: Path | None = None
+    """Start from the weights of this pipeline folder; the optimisers start anew."""
+    checkpoint: Path = Path("runs/emoji/teacher.safetensors")
     log: Path = Path("benchmarks/teacher/emoji.jsonl")
     minutes: float = 90.0
     """Training time over all resumed parts; the rate falls to zero over the last `cooldown` of it."""
@@ -51,6 +57,8 @@ class Config:
     seed: int = 0
     threads: int = 1
     """A second thread pays only where a second core is idle."""
+    compile: bool = False
+    """torch.compile the network (needs a C++ compiler on a CPU)."""
 
 
 def export(cfg: Config, weights: list[torch.Tensor], tokenizer) -> None:
@@ -63,6 +71,30 @@ def export(cfg: Config, weights: list[torch.Tensor], tokenizer) -> None:
         unet=copy["unet"], scheduler=parts.make_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False)
     parts.save_atomically(parts.Portable(pipe.to(torch.float16)), cfg.out)
+
+
+def save(path: Path, parameters, average, optimizers, step: int, seconds: float) -> None:
+    """Everything that training needs to go on, written beside and renamed."""
+    tensors = {f"{i}.{name}": value for i, p in enumerate(parameters) for optimizer in optimizers
+               for name, value in optimizer.state.get(p, {}).items()}
+    for i, (p, mean) in enumerate(zip(parameters, average, strict=True)):
+        tensors |= {f"{i}.value": p.detach(), f"{i}.average": mean}
+    save_file(tensors, path.with_suffix(".new"), metadata={"step": str(step), "seconds": str(seconds)})
+    os.replace(path.with_suffix(".new"), path)
+
+
+def restore(path: Path, parameters, average, optimizers) -> tuple[int, float]:
+    """What `save` wrote; returns step and seconds."""
+    for key, value in load_file(path).items():
+        i, name = key.split(".")
+        p = parameters[int(i)]
+        if name in ("value", "average"):
+            (p.data if name == "value" else average[int(i)]).copy_(value)
+        else:
+            owner = next(o for o in optimizers if any(p is q for q in o.param_groups[0]["params"]))
+            owner.state[p][name] = value
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"]), float(file.metadata()["seconds"])
 
 
 def main(cfg: Config) -> None:
@@ -86,21 +118,21 @@ def main(cfg: Config) -> None:
     hidden, others = parts.split_parameters(net)
     optimizers = {parts.Muon(hidden, cfg.lr): cfg.lr * cfg.muon,
                   torch.optim.Adam(others, cfg.lr, betas=(0.9, 0.99), fused=True): cfg.lr}
+    if cfg.init:
+        start = StableDiffusionPipeline.from_pretrained(cfg.init, safety_checker=None)
+        net["unet"].load_state_dict(start.unet.state_dict())
+        net["text"].load_state_dict(start.text_encoder.state_dict())
+    # Plain attention: the fused kernel's backward pass takes a third of a step on a CPU, for a few dozen tokens.
+    net["unet"].set_attn_processor(AttnProcessor())
+    unet = torch.compile(net["unet"]) if cfg.compile else net["unet"]
     average = [p.detach().clone() for p in parameters]
     step, seconds = 0, 0.0
     if cfg.checkpoint.exists():
-        state = torch.load(cfg.checkpoint, weights_only=True)
-        net.load_state_dict(state["net"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average, step, seconds = state["average"], state["step"], state["seconds"]
+        step, seconds = restore(cfg.checkpoint, parameters, average, optimizers)
         torch.manual_seed(cfg.seed + step)
 
     def checkpoint() -> None:
-        state = {"net": net.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "average": average, "step": step, "seconds": seconds}
-        torch.save(state, cfg.checkpoint.with_suffix(".new"))
-        os.replace(cfg.checkpoint.with_suffix(".new"), cfg.checkpoint)
+        save(cfg.checkpoint, parameters, average, optimizers, step, seconds)
         export(cfg, average, tokenizer)
 
     losses, exported, clock, cpu = [], seconds, time.time(), time.process_time()
@@ -115,7 +147,7 @@ def main(cfg: Config) -> None:
         a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
         ids = torch.where(torch.rand(cfg.batch, 1) < cfg.drop, empty, tokens[picked])
         with torch.autocast("cpu", torch.bfloat16):
-            v = net["unet"](a * z0 + s * eps, t, net["text"](ids).last_hidden_state).sample
+            v = unet(a * z0 + s * eps, t, net["text"](ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), a * eps - s * z0)
         net.zero_grad()
         loss.backward()

@@ -23,7 +23,7 @@ class Method:
 
     family: what its loss is built on; sampler: how the exported student samples (see the sampling contract); needs: what
     it trains on besides a teacher; status: "beta" passes the tests every script must pass, "stable" also reproduces the
-    paper's result at the paper's scale."""
+    paper's result at the paper's scale; modality: image, video or text."""
     name: str
     title: str
     authors: tuple[str, ...]
@@ -33,6 +33,7 @@ class Method:
     needs: str
     status: str
     script: str
+    modality: str = "image"
 
     @property
     def url(self) -> str:
