@@ -67,7 +67,7 @@ def test_life(world, tmp_path, name, family, lora):
     for k in steps:
         picture = pipe(**call, num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="np").images
         assert np.isfinite(picture).all()
-    if family == "sd":
+    if family == "sd" and run.watcher.contract.sampler != "ode":      # DDIM takes any number of steps
         with pytest.raises(ValueError):
             pipe(**call)                                    # 50 steps: refused by the stock scheduler, not sampled wrongly
     second = script.main(dataclasses.replace(cfg, steps=1, output_dir=str(tmp_path / "second"), init_student=str(student), report_to="none"))

@@ -9,7 +9,11 @@ import torch
 
 LENGTH = 8      # tokens of a prompt
 # What a script needs besides the common flags for two steps in a test (numbers of stored pairs, of stages ...).
-TINY: dict[str, dict] = {}
+TINY: dict[str, dict] = {
+    "dmd_pairs": dict(pairs=6, pair_steps=2),
+    "reflow": dict(pairs=6, pair_steps=2),
+    "progressive": dict(guided_steps=1, first=4, last=2, phase_steps=1),
+}
 WORDS = ("red", "blue", "heart", "star", "smiling", "face", "noto", "fluent")
 
 

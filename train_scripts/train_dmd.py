@@ -41,22 +41,25 @@ class Config(RunConfig):
     }
     steps: int = 1000
     time_budget: float = 150.0
-    lr: float = 2e-4
+    lr: float = 1e-4
     betas: tuple[float, float] = (0.0, 0.99)
     critic_lr: float = 4e-4
     critic_updates: int = 2                # per student update: two time-scale update rule, Sec. 4.2 (the paper's is 5)
     gan: float = 0.0                       # weight of the student's GAN loss, Sec. 4.3; > 0 needs images
     gan_critic: float = 1e-2               # weight of the discriminator loss beside the denoising loss
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)    # Sec. 4.4; 1.0 alone trains a one-step student
+    tell_critic: bool = True               # the critic is given the student time its sample was made at
     t_min: float = 0.02                    # range of the student's renoising times
     t_max: float = 0.98
 
 
-def dmd_direction(x, x_t, t, cond, uncond, real, fake, guidance):
-    """Eq. 2 with the weight of DMD eq. 8, written on x0: ascent of log p_real - log p_fake, normalised per sample."""
+def dmd_direction(x, x_t, t, cond, uncond, real, fake, guidance, at=None):
+    """Eq. 2 with the weight of DMD eq. 8, written on x0: ascent of log p_real - log p_fake, normalised per sample.
+
+    at [B]: the student time x was made at, for a critic that is told it."""
     with torch.no_grad():
         x_real = losses.guided(real, x_t, t, cond, uncond, guidance)
-        x_fake = fake(x_t, t, cond)
+        x_fake = fake(x_t, t, cond, r=at)
         scale = losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5)
         return per_sample(1 / scale, x) * (x_real - x_fake), critic_fit(x, x_real, x_fake)
 
@@ -67,13 +70,14 @@ def main(cfg: Config) -> Run:
     real, process = model.teacher, model.process
     G = run.train("student", model.make("student", lora=cfg.lora, init=cfg.init_student,
                                         gradient_checkpointing=cfg.gradient_checkpointing), cfg.lr)
-    fake = run.train("critic", model.make("critic", lora=cfg.lora, head=cfg.gan > 0, gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
+    fake = run.train("critic", model.make("critic", lora=cfg.lora, head=cfg.gan > 0, two_time=cfg.tell_critic,
+                                          gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
     data = model.batches(images=cfg.gan > 0)
     knots = torch.tensor(cfg.student_times) * process.t_max
     run.watch(G, knots)
 
     def student_input(batch):
-        depth = min(divmod(run.choose(len(knots) ** 2), len(knots)))      # the smaller of two draws
+        depth = torch.minimum(batch.randint(len(knots)), batch.randint(len(knots)))
         return rollout.backward_simulation(G, batch.randn(), batch.cond, knots, depth, batch.randn)
 
     def renoised(batch, x):
@@ -81,25 +85,29 @@ def main(cfg: Config) -> Run:
         return process.noise(x, batch.randn(), t), t
 
     def critic_loss(batch):
+        z, at = student_input(batch)
         with torch.no_grad():
-            x = G(*student_input(batch), batch.cond)
+            x = G(z, at, batch.cond)
+        at = at if cfg.tell_critic else None
         t = batch.rand().clamp(min=1e-3) * process.t_max
-        loss = denoise = critics.denoising(fake, x, batch.randn(), t, batch.cond)
+        loss = denoise = critics.denoising(fake, x, batch.randn(), t, batch.cond, at)
         if cfg.gan:
             x_t, t = renoised(batch, x)
             y_t, s = renoised(batch, batch.x0)
-            adversarial = critics.discriminator(fake(y_t, s, batch.cond, logits=True)[1], fake(x_t, t, batch.cond, logits=True)[1])
+            adversarial = critics.discriminator(fake(y_t, s, batch.cond, r=at, logits=True)[1], fake(x_t, t, batch.cond, r=at, logits=True)[1])
             loss = denoise + cfg.gan_critic * adversarial
             return {"loss": loss, "denoising": denoise, "adversarial": adversarial}
         return {"loss": loss, "denoising": denoise}
 
     def student_loss(batch):
-        x = G(*student_input(batch), batch.cond)
+        z, at = student_input(batch)
+        x = G(z, at, batch.cond)
+        at = at if cfg.tell_critic else None
         x_t, t = renoised(batch, x)
-        direction, health = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance)
+        direction, health = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance, at)
         loss = losses.along(x, direction)
         if cfg.gan:
-            loss = loss + cfg.gan * critics.generator(fake(x_t, t, batch.cond, logits=True)[1])
+            loss = loss + cfg.gan * critics.generator(fake(x_t, t, batch.cond, r=at, logits=True)[1])
         return {"loss": loss, **health}
 
     for _ in run.loop():

@@ -30,7 +30,10 @@ def sample(folder: str, prompt: str, steps: int | None, seeds: int, out: str) ->
     from PIL import Image
 
     from . import load
+    from .pipelines.unmask import UnmaskPipeline
     pipe = load(folder)
+    if isinstance(pipe, UnmaskPipeline):
+        return sample_text(pipe, folder, prompt, steps, seeds)
     if not isinstance(pipe, DiffusionPipeline):
         raise UserError(f"{folder} is a student of the toy teacher: its samples are points, not pictures")
     known = pipe._contract.steps
@@ -48,6 +51,15 @@ def sample(folder: str, prompt: str, steps: int | None, seeds: int, out: str) ->
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write --out {out} ({error}): give a writable path such as sample.png") from error
     print(out)
+
+
+def sample_text(pipe, folder: str, prompt: str, steps: int | None, seeds: int) -> None:
+    """One text per seed, printed; `prompt` is how each begins."""
+    import torch
+    if steps is not None and steps not in pipe.contract.steps:
+        raise UserError(f"--steps {steps} is not in the contract of {folder}: it was trained for {', '.join(map(str, pipe.contract.steps))}")
+    for seed in range(seeds):
+        print(pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).texts[0])
 
 
 def class_number(prompt: str) -> int:

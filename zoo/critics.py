@@ -29,14 +29,41 @@ class GanHead(nn.Module):
         return self.net(features.float()).flatten(1).mean(1)
 
 
-def denoising(fake, x: Tensor, eps: Tensor, t: Tensor, cond: dict) -> Tensor:
-    """Denoising loss of the fake score on the student's samples x (detached here), as a v-MSE.
+class PatchHead(nn.Module):
+    """Logits [B, positions] of a feature map [B, C, H, W], one per position (LADD); of a vector [B, C] or tokens [B, N, C] likewise."""
+
+    def __init__(self, channels: int, flat: bool, width: int = 128):
+        super().__init__()
+        if flat:
+            self.net = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        else:
+            block = lambda inner, side: [nn.Conv2d(inner, width, side, padding=side // 2), nn.GroupNorm(min(32, width // 4), width), nn.SiLU()]
+            self.net = nn.Sequential(*block(channels, 1), *block(width, 3), nn.Conv2d(width, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.net(features.float()).flatten(1)
+
+
+class Heads(nn.Module):
+    """One PatchHead per tapped feature: a list of features to a list of logits [B, positions]. shapes: one feature's, without the batch."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]):
+        super().__init__()
+        self.each = nn.ModuleList(PatchHead(s[0] if len(s) == 3 else s[-1], flat=len(s) < 3) for s in shapes)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [head(f) for head, f in zip(self.each, features, strict=True)]
+
+
+def denoising(fake, x: Tensor, eps: Tensor, t: Tensor, cond: dict, r: Tensor | None = None) -> Tensor:
+    """Denoising loss of the fake score on the student's samples x (detached here), as a v-MSE; r: a second scalar for a critic
+    that has one (such as the student time x was made at).
 
     The v-MSE weights x0 errors by 1/sigma^2 on VP and flow paths and is bounded at both ends."""
     x = x.detach()
     x_t = fake.process.noise(x, eps, t)
     alpha, sigma, _, _ = (per_sample(c, x) for c in fake.process.coeffs(t))
-    return F.mse_loss(fake(x_t, t, cond, to="v").float(), (alpha * eps - sigma * x).float())
+    return F.mse_loss(fake(x_t, t, cond, r=r, to="v").float(), (alpha * eps - sigma * x).float())
 
 
 def discriminator(real_logit: Tensor, fake_logit: Tensor) -> Tensor:
@@ -47,3 +74,13 @@ def discriminator(real_logit: Tensor, fake_logit: Tensor) -> Tensor:
 def generator(fake_logit: Tensor) -> Tensor:
     """Non-saturating generator loss softplus(-logit)."""
     return F.softplus(-fake_logit).mean()
+
+
+def hinge_discriminator(real_logit: Tensor, fake_logit: Tensor) -> Tensor:
+    """Hinge discriminator loss relu(1 - real) + relu(1 + fake); 2 at logits 0."""
+    return F.relu(1 - real_logit).mean() + F.relu(1 + fake_logit).mean()
+
+
+def hinge_generator(fake_logit: Tensor) -> Tensor:
+    """Generator loss beside the hinge, -logit."""
+    return -fake_logit.mean()

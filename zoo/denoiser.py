@@ -6,14 +6,16 @@ only sets which adapter each layer reads, for the duration of the call."""
 from __future__ import annotations
 
 import math
+import re
 from contextlib import contextmanager
 from typing import Callable, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils.checkpoint import checkpoint
 
-from .critics import GanHead
+from .critics import GanHead, Heads
 from .process import Pred, Process
 
 SLOT_DIM = 256    # width of the second-time / guidance embedding; also what stock SD pipelines read as `time_cond_proj_dim`
@@ -27,6 +29,25 @@ class Net(Protocol):
     process: Process
 
     def __call__(self, x: Tensor, t: Tensor, cond: dict, *, r: Tensor | None = None, to: Pred = "x0", logits: bool = False): ...
+
+
+class Calls:
+    """What the networks of this process were asked for, in samples x (forward 1, forward and backward 3, forward-mode derivative 2):
+    a budget that does not depend on the machine. A call is differentiated when autograd records its output; recomputation by
+    activation checkpointing and gradients to the input alone are not told apart. `Run` takes the differences it wants."""
+
+    def __init__(self):
+        self.total = 0
+
+    def add(self, out: Tensor) -> Tensor:
+        """Count the call that returned `out` [B, ...]; returns it."""
+        differentiated = torch.is_grad_enabled() and out.requires_grad
+        along = unpack_dual(out).tangent is not None
+        self.total += len(out) * (1 + along + 2 * differentiated)
+        return out
+
+
+CALLS = Calls()
 
 
 def scalar_embedding(w: Tensor, dim: int = SLOT_DIM) -> Tensor:
@@ -122,7 +143,10 @@ def checkpoint_activations(module: nn.Module) -> None:
             with role_active(module, role):
                 return block(*inner)
         return checkpoint(again, *args, use_reentrant=False)
-    module.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+    if hasattr(module, "enable_gradient_checkpointing"):
+        module.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+    else:                                # transformers
+        module._set_gradient_checkpointing(True, run)
 
 
 # ----------------------------------------------------------------------------------------------------------- the adapter
@@ -130,20 +154,25 @@ class Denoiser:
     """A torch module read as a `Net`.
 
     forward(module, x, timestep, cond) -> raw output of kind `pred`; slot: None, "r" (second time) or "guidance"
-    (cond["guidance"], the scale w as tensor [B]); tap: submodule whose output feeds the GAN head."""
+    (cond["guidance"], the scale w as tensor [B]); tap: submodule whose output feeds the GAN head, or a list of them, in the order
+    in which they run, for a head of several depths (`judge`); frozen: regular expression of parameters left out of `trainable`."""
 
     def __init__(self, module: nn.Module, process: Process, pred: Pred, forward: Callable, *, role: str | None = None,
-                 slot: str | None = None, tap: str | None = None, head: GanHead | None = None):
+                 slot: str | None = None, tap: str | list[str] | None = None, head: GanHead | Heads | None = None, frozen: str = ""):
         self.module, self.process, self.pred, self.forward = module, process, pred, forward
-        self.role, self.slot, self.head = role, slot, head
+        self.role, self.slot, self.head, self.frozen = role, slot, head, frozen
         self.weights: dict[str, Tensor] | None = None     # read these instead of the module's own (averages)
-        self._tapped = None
+        self._tapped, self._enough = None, math.inf
+        self.taps = [tap] if isinstance(tap, str) else tap or []
         if head is not None:
-            module.get_submodule(tap).register_forward_hook(self._keep)
+            for name in self.taps:
+                module.get_submodule(name).register_forward_hook(self._keep)
 
     def _keep(self, _module, _inputs, output):
         if self._tapped is not None:
             self._tapped.append(output[0] if isinstance(output, tuple) else output)
+            if len(self._tapped) == self._enough:
+                raise _Enough
 
     def __call__(self, x, t, cond, *, r=None, to: Pred = "x0", logits=False):
         if r is not None and self.slot != "r":
@@ -163,11 +192,24 @@ class Denoiser:
             out = self._raw(x, self.process.timestep(t), cond)
             if hasattr(embedding, "condition"):
                 embedding.condition = None
+        CALLS.add(out)
         out = self.process.convert(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, x, t, self.pred, to)
         if not logits:
             return out
         features, self._tapped = self._tapped[-1], None
         return out, self.head(features)
+
+    def judge(self, x: Tensor, t: Tensor, cond: dict) -> list[Tensor]:
+        """Logits [B, positions] of a head of several depths, one tensor per tap. The network is left after the last tap."""
+        self._tapped, self._enough = [], len(self.taps)
+        try:
+            with role_active(self.module, self.role):
+                self._raw(x, self.process.timestep(t), cond)
+        except _Enough:
+            pass
+        features, self._tapped, self._enough = self._tapped, None, math.inf
+        CALLS.add(features[-1])
+        return self.head(features)
 
     def _raw(self, *args):
         if self.weights is None:
@@ -175,8 +217,9 @@ class Denoiser:
         return torch.func.functional_call(_Bound(self.module, self.forward), {f"module.{k}": v for k, v in self.weights.items()}, args)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameters this role trains: its own adapter (LoRA) or the whole module, and its GAN head."""
-        own = {n: p for n, p in self.module.named_parameters() if self.role is None or f".{self.role}." in n}
+        """Parameters this role trains: its own adapter (LoRA) or the whole module, without the frozen ones, and its GAN head."""
+        own = {n: p for n, p in self.module.named_parameters()
+               if (self.role is None or f".{self.role}." in n) and not (self.frozen and re.search(self.frozen, n))}
         head = {} if self.head is None else {f"head.{n}": p for n, p in self.head.named_parameters()}
         return own | head
 
@@ -186,6 +229,10 @@ class Denoiser:
         other.__dict__.update(self.__dict__)
         other.weights = {n: w for n, w in weights.items() if not n.startswith("head.")}
         return other
+
+
+class _Enough(Exception):
+    """Every tap was seen: the rest of the network is not needed."""
 
 
 class _Bound(nn.Module):

@@ -26,6 +26,7 @@ REMEDIES = {
     "mode collapse": "lower the student learning rate or the guidance; add the GAN or a regression loss, "
                      "or more critic updates",
     "oversaturation": "lower the guidance; check the latent scaling factor and that images are in [-1, 1]",
+    "low entropy": "fewer updates per round, more steps for the last one, or a larger target floor; judge by ngram_js, not by bits",
     "wrong guidance convention": "use D_w = D_uncond + w (D_cond - D_uncond), w = 1 meaning none: "
                                  "check w against 1 + w and the order of cond and uncond",
 }
@@ -236,6 +237,12 @@ class Health:
         found = self._twice(name, wrong, value, rising_is_recovery=True)
         return self._report(name, step, found and f"samples look like guidance {value:.2f} +- {error:.2f}, "
                                                   f"declared {guidance:g}")
+
+    def entropy(self, step: int, student: float, teacher: float) -> list[HealthWarning]:
+        """One sampling of tokens: mean entropies of the student's samples and of the many-step teacher's. Below 0.9 of it, the
+        likelihood of the samples says nothing any more."""
+        low = step >= self.warmup and student < 0.9 * teacher
+        return self._report("low entropy", step, low and f"samples have {student:.2f} bits of entropy, the teacher's {teacher:.2f}")
 
     def _twice(self, name: str, bad: bool, value: float, rising_is_recovery: bool = False) -> bool:
         """Bad now and at the sampling before, and not on the mend."""

@@ -18,11 +18,19 @@ def load(name: str | Path, two_time: bool = False, device: str | torch.device = 
 
     Steps and guidance default to the contract's; other step counts warn once. two_time: the network with its extra scalar input
     (second time, guidance) where the folder has one, as a `pipelines.two_time.SlotPipeline`. A toy student always is one.
+    A text student is a `pipelines.unmask.UnmaskPipeline`: `load(name)("in the ").texts`. A causal video student is a
+    `pipelines.causal_video.CausalVideoPipeline`: `load(name)("a frog moving left").frames`, or frames as they come from its `stream`.
     Raises UserError when `name` is no student or has no such network."""
     folder = _folder(str(name))
     contract, record = read_record(folder)
     if record["family"] == "toy":
         return _toy(folder, contract, record, two_time).to(device)
+    if record["family"] in ("text", "toy-text"):
+        from .pipelines.unmask import open_student
+        return open_student(folder, contract, record).to(device)
+    if record["family"] == "video":
+        from .pipelines.causal_video import CausalVideoPipeline
+        return CausalVideoPipeline.from_pretrained(str(folder), use_safetensors=True).to(device, dtype)
     if two_time:
         return _slotted(folder, contract, record).to(device)
 

@@ -27,14 +27,52 @@ def guided(net, x: Tensor, t: Tensor, cond: dict, uncond: dict, w: float | Tenso
     return out_u + w * (out_c - out_u)
 
 
+def without_prompt(cond: dict, uncond: dict, dropped: Tensor) -> dict:
+    """cond, the samples where `dropped` [B] is true replaced by uncond."""
+    return {k: torch.where(per_sample(dropped, v), uncond[k], v) for k, v in cond.items()}
+
+
 def pseudo_huber(x: Tensor, y: Tensor, c: float = 1e-3) -> Tensor:
     """mean of sqrt(|x - y|^2 + c^2) - c per element (LCM form); quadratic below c, linear above."""
     return (((x.float() - y.float()) ** 2 + c * c).sqrt() - c).mean()
 
 
+def huber(x: Tensor, y: Tensor) -> Tensor:
+    """[B] pseudo-Huber of whole samples, (sqrt(|x - y|^2 + c^2) - c) / N with c = 0.00054 N (rf++, Lee et al. 2024)."""
+    n = x[0].numel()
+    c = 0.00054 * n
+    return (((x.float() - y.float()) ** 2).flatten(1).sum(1).add(c * c).sqrt() - c) / n
+
+
 def adaptive(squared: Tensor, p: float = 1.0, c: float = 1e-3) -> Tensor:
     """Adaptively weighted squared error e / sg(e + c)^p, e = per-sample *sum* of squares [B] (MeanFlow, eq. 22)."""
     return (squared / (squared.detach() + c) ** p).mean()
+
+
+def trigflow_tangent(v: Tensor, dv: Tensor, x: Tensor, t: Tensor, dx: Tensor, ramp: float = 1.0) -> Tensor:
+    """cos t df/dt of the TrigFlow consistency function f = cos t x - sin t v(x, t), along dx/dt = `dx` (sCM, eq. 8).
+
+    dv = dv/dt is the total derivative along (dx, 1); `ramp` in [0, 1] scales the part that needs it (tangent warm-up)."""
+    cos, sin = per_sample(t.cos(), x), per_sample(t.sin(), x)
+    return -cos**2 * (v - dx) - ramp * cos * sin * (x + dv)
+
+
+def bounded(g: Tensor, c: float = 0.1) -> Tensor:
+    """g / (|g| + c), |g| the l2 norm of each sample (tangent normalisation of sCM, Sec. 4.1)."""
+    norm = g.flatten(1).norm(dim=1)
+    return g / per_sample(norm + c, g)
+
+
+def two_jumps(u, x_t: Tensor, t: Tensor, r: Tensor, fraction: float | Tensor) -> Tensor:
+    """Average velocity over [r, t] of two jumps of u(x, t, r) that meet at q, a `fraction` (a number or [B]) of the way down; detached.
+
+    (t - r) u is an integral along the flow, so an exact u meets it for every q (SplitMeanFlow, eq. 8)."""
+    with torch.no_grad():
+        fraction = torch.as_tensor(fraction, device=t.device, dtype=t.dtype).expand_as(t)
+        q = t - fraction * (t - r)
+        first = u(x_t, t, q)
+        second = u(x_t - per_sample(t - q, x_t) * first, q, r)
+        return second + per_sample(fraction, x_t) * (first - second)
 
 
 def per_sample_mean(x: Tensor) -> Tensor:

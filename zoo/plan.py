@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .errors import UserError
+from .tokens import Masked
 
 GB = 1024**3
 
@@ -38,12 +39,14 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
         return tensor
 
     device = next(iter(net.trainable().values())).device
-    x, t = torch.randn(1, *shape, device=device), torch.full((1,), 0.5, device=device)
+    tokens = isinstance(net.process, Masked)
+    x = net.process.prior(1, *shape, device) if tokens else torch.randn(1, *shape, device=device)
+    t = torch.full((1,), 0.5, device=device)
     cond = {k: v[:1].to(device) for k, v in cond.items()}
     if net.slot == "guidance":
         cond["guidance"] = torch.ones(1, device=device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(x, t, cond, to="v")
+        net(x, t, cond, to="x0" if tokens else "v")
     return sum(seen.values())
 
 

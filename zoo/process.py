@@ -103,15 +103,19 @@ class RectifiedFlow(Process):
 
 
 class TrigFlow(Process):
-    """alpha = cos t, sigma = sin t, t in [0, pi/2] (Lu & Song 2024); its velocity is its v."""
+    """alpha = cos t, sigma = s sin t, t in [0, pi/2], s = sigma_data (Lu & Song 2024); at s = 1 its velocity is its v."""
 
     t_max = math.pi / 2
 
+    def __init__(self, sigma_data: float = 1.0):
+        self.sigma_data = sigma_data
+
     def coeffs(self, t):
-        return t.cos(), t.sin(), -t.sin(), t.cos()
+        s = self.sigma_data
+        return t.cos(), s * t.sin(), -t.sin(), s * t.cos()
 
     def time(self, angle):
-        return angle
+        return angle if self.sigma_data == 1 else torch.atan2(angle.sin(), self.sigma_data * angle.cos())
 
 
 class EDM(Process):
@@ -192,7 +196,8 @@ class View:
     """The same network read under another Gaussian path: match the SNR, rescale the input, re-read the output. Exact.
 
     x_t of the new path with angle phi is the old path's x at the time of equal angle, up to the norm sqrt(alpha^2 + sigma^2).
-    A second time r is mapped the same way; the two-time output is read linearly with the coefficients at t."""
+    A second time r is mapped the same way, its sign kept (a negative one can name a second branch of the network); the two-time
+    output is read linearly with the coefficients at t."""
 
     def __init__(self, net, process: Process):
         self.net, self.process = net, process
@@ -200,7 +205,7 @@ class View:
     def __call__(self, x, t, cond, *, r=None, to: Pred = "x0", logits=False):
         old, new = self.net.process, self.process
         t_old = old.time(new.angle(t))
-        r_old = None if r is None else old.time(new.angle(r))
+        r_old = None if r is None else r.sign() * old.time(new.angle(r.abs()))
         norm = [torch.hypot(*p.coeffs(s)[:2]) for p, s in ((old, t_old), (new, t))]
         x_old = x * per_sample(norm[0] / norm[1], x)
         out = self.net(x_old, t_old, cond, r=r_old, to="v", logits=logits)

@@ -23,15 +23,20 @@ def expand(time: Tensor | float, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def backward_simulation(net, noise: Tensor, cond: dict, knots: Tensor, depth: int, fresh: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def backward_simulation(net, noise: Tensor, cond: dict, knots: Tensor, depth: int | Tensor, fresh: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """The student's own input at knots[depth] (DMD2, Sec. 4.5): from pure noise, `depth` student steps, each re-noised with
-    fresh() noise. Returns (x_t, t [B]) without graph; the graded call is the caller's."""
-    t = expand(knots[0], noise)
+    fresh() noise. knots: times [k], or of each sample [k, B]; depth: one number for the batch, or one per sample [B]. Returns
+    (x_t, t [B]) without graph; the graded call is the caller's."""
+    depth = torch.as_tensor(depth, device=noise.device).expand(len(noise))
+    knots = knots.to(noise.device, torch.float64 if noise.dtype == torch.float64 else torch.float32)
+    t = expand(knots[0], noise).clone()
     x = start(net.process, noise, t)
-    for i in range(depth):
-        x0 = net(x, t, cond)
-        t = expand(knots[i + 1], noise)
-        x = net.process.noise(x0, fresh(), t)
+    for i in range(len(knots) - 1):
+        eps, going = fresh(), depth > i       # the draws do not depend on the depths, which differ between ranks
+        if going.any():
+            x0 = net(x[going], t[going], {k: v[going] for k, v in cond.items()})
+            t[going] = expand(knots[i + 1], noise)[going]
+            x[going] = net.process.noise(x0, eps[going], t[going]).to(x)
     return x, t
 
 

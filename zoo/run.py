@@ -25,11 +25,12 @@ from typing import Callable, ClassVar, Iterator, Literal
 import torch
 from torch import Tensor
 
+from .denoiser import CALLS
 from .errors import UserError
 
 # What may differ between a run and its resumption; everything else is part of what the run *is*.
 FREE_TO_CHANGE = {"steps", "time_budget", "output_dir", "checkpoint_every", "keep_checkpoints", "sample_every", "measure_every",
-                  "report_to", "export", "push_to_hub", "dry_run", "recipe", "log_every"}
+                  "report_to", "export", "push_to_hub", "dry_run", "recipe", "log_every", "max_calls"}
 
 
 @dataclass
@@ -40,6 +41,7 @@ class RunConfig:
     data: str = ""                  # prompts (txt, csv, jsonl, parquet) or images (folder, parquet, Hub set); default: the teacher's own
     steps: int = 1000               # student optimiser steps
     time_budget: float = 0.0        # stop after this many seconds of training (0: no limit)
+    max_calls: int = 0              # stop after this many network calls: samples x (forward 1, forward and backward 3, forward-mode derivative 2)
     batch: int = 32                 # global batch, over all ranks and micro-batches
     accumulate: int = 1             # micro-batches per rank and optimiser step
     lr: float = 1e-4                # student learning rate
@@ -85,9 +87,9 @@ class Batch:
         """Standard normal [B, *shape]; by default of the model's sample shape."""
         return torch.randn(self._size, *(shape or self.shape), generator=self._generator())[self._window].to(self._device)
 
-    def rand(self) -> Tensor:
-        """Uniform [B] in [0, 1)."""
-        return torch.rand(self._size, generator=self._generator())[self._window].to(self._device)
+    def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform [B, *shape] in [0, 1)."""
+        return torch.rand(self._size, *shape, generator=self._generator(), dtype=dtype)[self._window].to(self._device)
 
     def randint(self, n: int) -> Tensor:
         """Integers [B] in [0, n)."""
@@ -134,6 +136,8 @@ class Run:
         self.trainees: dict[str, Trainee] = {}
         self.step = self.tick = 0
         self.elapsed = 0.0                   # seconds of training, over all resumptions
+        self.calls = 0                       # network calls of training, over all ranks and resumptions (denoiser.Calls)
+        self._seen, self._opened = CALLS.total, time.perf_counter()
         self.best = (math.inf, -1)           # (score, step)
         self.watcher = None
         self._stop: int | None = None
@@ -261,7 +265,7 @@ class Run:
         trainee.optimizer.zero_grad(set_to_none=True)
         trainee.updates += 1
         for decay, values in trainee.averages:
-            d = min(decay, (1 + trainee.updates) / (10 + trainee.updates))
+            d = min(decay, (1 + trainee.updates) / (4 + trainee.updates))
             torch._foreach_lerp_(list(values.values()), [p.data for p in trainee.params.values()], 1 - d)
         self._logged.setdefault(f"{trainee.name}/grad_norm", []).append(norm.detach())
 
@@ -279,8 +283,14 @@ class Run:
     def watch(self, student, times, rule: str = "renoise", **contract):
         """Name the student that leaves: `student` (a Trainee) is averaged, sampled beside the teacher, measured and exported.
 
-        times: times it is sampled at, noise to data; rule: its sampling rule (see watch.Watcher and rollout.sample)."""
-        from .watch import Watcher
+        times: times it is sampled at, noise to data; rule: its sampling rule (see watch.Watcher and rollout.sample; "unmask" for
+        tokens, watch_text.TextWatcher; "causal" for video chunk by chunk, watch_video.VideoWatcher)."""
+        if rule == "unmask":
+            from .watch_text import TextWatcher as Watcher
+        elif rule == "causal":
+            from .watch_video import VideoWatcher as Watcher
+        else:
+            from .watch import Watcher
         self.watcher = Watcher(self, student, times, rule, **contract)
         return self.watcher
 
@@ -288,12 +298,15 @@ class Run:
         """Steps of the student until --steps or --time_budget; resumes, logs, checkpoints, measures, exports at the end."""
         cfg = self.cfg
         from .plan import plan
+        self._count()                        # what the script prepared before its loop, such as stored pairs
         estimate = plan(self)
         if cfg.dry_run:
             return
         estimate.refuse_if_too_large()
         if self.resume_from:
             self.load(self.resume_from)
+        elif self.calls:
+            self.log({"prepared_seconds": round(time.perf_counter() - self._opened, 3)})
         if self.watcher:
             self.watcher.begin()
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
@@ -301,11 +314,12 @@ class Run:
         bar = tqdm(total=cfg.steps, initial=self.step, disable=self.rank != 0, dynamic_ncols=True, mininterval=1.0, desc=cfg.method)
         try:
             self._saved = self.step if self.resume_from else -1
-            while self.step < cfg.steps and not self._out_of_time():
-                began = time.perf_counter()
+            while self.step < cfg.steps and not self._out_of_time() and not (cfg.max_calls and self.calls >= cfg.max_calls):
+                began, self._seen = time.perf_counter(), CALLS.total
                 yield self.step
                 self.step += 1
                 self.elapsed += time.perf_counter() - began
+                self._count()
                 bar.update()
                 self._housekeeping(bar)
                 if self._stopping():
@@ -346,6 +360,11 @@ class Run:
         torch.distributed.all_reduce(t, op=torch.distributed.ReduceOp.MAX)
         return t.item()
 
+    def _count(self):
+        """Add the network calls since the last look. Ranks do equal work, so that this rank's calls speak for all."""
+        self.calls += (CALLS.total - self._seen) * self.world
+        self._seen = CALLS.total
+
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
@@ -385,7 +404,7 @@ class Run:
     def log(self, values: dict):
         """To metrics.jsonl always, and to the tracker when there is one."""
         if self.rank == 0 and not self.cfg.dry_run:
-            row = {"step": self.step, "seconds": round(self.elapsed, 3), **{k: v for k, v in values.items()}}
+            row = {"step": self.step, "seconds": round(self.elapsed, 3), "calls": self.calls, **{k: v for k, v in values.items()}}
             self._log_file.write(json.dumps(row) + "\n")
             self._log_file.flush()
         if self.accelerator.log_with:
@@ -410,7 +429,7 @@ class Run:
                     save_tensors(_optimizer_tensors(t), temp / f"{t.name}.optimizer.safetensors")
                     for i, (_, values) in enumerate(t.averages):
                         save_tensors(values, temp / f"{t.name}.average{i}.safetensors")
-                state = {"step": self.step, "tick": self.tick, "elapsed": self.elapsed, "best": self.best,
+                state = {"step": self.step, "tick": self.tick, "elapsed": self.elapsed, "calls": self.calls, "best": self.best,
                          "updates": {n: t.updates for n, t in self.trainees.items()}, "history": self._history,
                          "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                          "watcher": self.watcher.state() if self.watcher else None}
@@ -431,6 +450,7 @@ class Run:
         from safetensors.torch import load_file
         state = json.loads((folder / "state.json").read_text())
         self.step, self.tick, self.elapsed = state["step"], state["tick"], state["elapsed"]
+        self.calls = state.get("calls", 0)
         self.best, self._history = tuple(state["best"]), state["history"]
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from . import metrics, rollout
+from . import losses, metrics, rollout
 from .grid import grid
 from .health import Health, saturation
 
@@ -45,15 +45,18 @@ class Watcher:
     """Made by `Run.watch`. times: times the student is sampled at, noise to data, on the exported network's own path (a student seen
     through a view is sampled at the times of equal angle); rule: see rollout.sample; two_time: the student is a two-time net, watched and exported through its r = 0 fold."""
 
+    opened_by = "DiffusionPipeline.from_pretrained"
+    cell = 64           # pixels of a picture in the grid
+
     def __init__(self, run, student, times, rule: str, two_time: bool = False, guidance: float = 1.0,
-                 guidance_range: tuple[float, float] | None = None):
+                 guidance_range: tuple[float, float] | None = None, multiple_of: int = 1):
         from .hub.contract import contract_for
         self.run, self.student, self.rule, self.two_time, self.guidance = run, student, rule, two_time, guidance
         self.net = run.average(student, run.cfg.ema)
         base, process = getattr(student.net, "net", student.net).process, student.process
         self.base_times = torch.as_tensor(times, dtype=torch.float64)
         self.times = self.base_times if process is base else process.time(base.angle(self.base_times))
-        self.contract = contract_for(run.model, self.base_times.tolist(), rule, guidance=guidance, guidance_range=guidance_range)
+        self.contract = contract_for(run.model, self.base_times.tolist(), rule, guidance=guidance, guidance_range=guidance_range, multiple_of=multiple_of)
         self.trained = {k: self.times[:: len(self.times) // k] for k in self.contract.knots}
         self.health = Health()
         self.last: dict = {}
@@ -95,8 +98,8 @@ class Watcher:
             return
         name = "flat" if len(model.shape) == 1 else "fashionnet" if model.name == "fashion" else metrics.default_feature_space()
         self.space, self.features = name, metrics.feature_space(name)
-        self.seeds = 64 if name == "flat" else SEEDS         # points are cheap, and their kernel distance needs many
-        self.examples = model.examples(PROMPTS, self.seeds)
+        prompts, self.seeds = model.watched or (PROMPTS, 64 if name == "flat" else SEEDS)      # points are cheap, and their kernel distance needs many
+        self.examples = model.examples(prompts, self.seeds)
         self.n = len(self.examples.names)
         # The score compares with teacher samples of other noise: shared noise would make the kernel distance negative.
         reference = self.teach(TEACHER_STEPS, self.n, self.examples, seed=2027)
@@ -107,9 +110,19 @@ class Watcher:
         half = self.half = max(1, len(self.examples.names) // self.seeds // 2) * self.seeds
         self.latents = self.teach(TEACHER_STEPS, half, self.examples)
         self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 else None
+        if model.guidance != 1:
+            self.warn(self.health.applied(run.step, *self._guided_once(), model.guidance))
         self.shown = list(range(0, half, self.seeds))[:8]
         self.rows = [(f"teacher {TEACHER_STEPS} steps", model.decode(self.latents[self.shown])),
                      ("teacher 1 step", model.decode(self.teach(1, half, self.examples)[self.shown]))]
+
+    @torch.no_grad()
+    def _guided_once(self):
+        """The teacher's guided, conditional and unconditional estimates at one noisy batch, for the health rule on the convention."""
+        teacher = self.run.model.teacher
+        x, t = self._noise(8)[0], torch.full((8,), 0.7 * teacher.process.t_max, device=self.run.device)
+        cond, uncond = self._conditions(8, self.examples)
+        return losses.guided(teacher, x, t, cond, uncond, self.run.model.guidance), teacher(x, t, cond), teacher(x, t, uncond)
 
     def _pictures(self, latents):
         return latents.float() if self.space == "flat" else self.run.model.decode(latents)
@@ -140,7 +153,7 @@ class Watcher:
 
     def draw(self, latents):
         rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", self.run.model.decode(x[self.shown])) for k, x in latents.items()]
-        grid(rows, self.run.out / "samples" / f"step-{self.run.step:07d}.png", [self.examples.names[i] for i in self.shown])
+        grid(rows, self.run.out / "samples" / f"step-{self.run.step:07d}.png", [self.examples.names[i] for i in self.shown], self.cell)
 
     def measure(self, latents) -> float:
         """Score, log, health; keep the weights when they are the best so far."""
@@ -150,7 +163,7 @@ class Watcher:
             pictures = self._pictures(x)
             rows[k] = {self.distance_name: self.distance(pictures).value,
                        "diversity": metrics.diversity(self._by_prompt(x)) / self.reference_diversity,
-                       "saturation": saturation(pictures)}
+                       "saturation": saturation(pictures), **self.extra(x)}
         score = sum(r[self.distance_name] for r in rows.values()) / len(rows)
         values = {f"measure/{name}@{k}": v for k, r in rows.items() for name, v in r.items()}
         run.log(values | {"measure/score": score})
@@ -161,12 +174,21 @@ class Watcher:
             self.warn(self.health.samples(run.step, by(most), self._by_prompt(self.reference)))
         if self.guides:
             self.warn(self.health.guidance(run.step, *(self._by_prompt(x[: self.half]) for x in (most, self.latents, *self.guides)), run.model.guidance))
+        self.keep(score)
+        return score
+
+    def extra(self, latents) -> dict[str, float]:
+        """Further measures of n samples, for the log and the table."""
+        return {}
+
+    def keep(self, score: float):
+        """Store the student's weights when they are the best so far."""
+        run = self.run
         if score < run.best[0]:
             run.best = (score, run.step)
             from .run import save_tensors
             (run.out / "best").mkdir(exist_ok=True)
             save_tensors(self.weights(), run.out / "best" / "student.safetensors")
-        return score
 
     def losses(self, means: dict):
         """Scalars of a logging step, for the health rules that need no samples."""
@@ -223,7 +245,7 @@ class Watcher:
             seconds = (time.perf_counter() - began) / self.n
             kid = self.distance(pictures)
             rows.append({"who": who, "steps": steps, "calls": calls, self.distance_name: kid.value, "low": kid.low, "high": kid.high,
-                         "diversity": metrics.diversity(self._by_prompt(latents)) / self.reference_diversity, "seconds_per_image": seconds})
+                         "diversity": metrics.diversity(self._by_prompt(latents)) / self.reference_diversity, **self.extra(latents), "seconds_per_image": seconds})
         per_step = 1 if self.run.model.guidance == 1 else 2
         for steps in sorted({*self.trained, 8, TEACHER_STEPS}, reverse=True):
             row("teacher", steps, steps * per_step, lambda: self.teach(steps, self.n, self.examples))
@@ -232,25 +254,31 @@ class Watcher:
         return rows
 
     def export(self, step: int):
-        from .hub.card import write_card
-        from .hub.export import export_student
         run = self.run
         measured = self.table()
         latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
         rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", run.model.decode(x[self.shown])) for k, x in latents.items()]
-        picture = grid(rows, columns=[self.examples.names[i] for i in self.shown])
-        facts = {"measured": measured, "space": self.space, "samples": self.n, "exported_step": step, "score": run.best[0],
-                 "seconds": run.elapsed, "steps": run.step, "prompts": [self.examples.names[i] for i in self.shown]}
+        picture = grid(rows, columns=[self.examples.names[i] for i in self.shown], cell=self.cell)
+        self.leave(step, {"measured": measured, "space": self.space, "prompts": [self.examples.names[i] for i in self.shown]},
+                   lambda folder: picture.save(folder / "grid.png"))
+
+    def leave(self, step: int, facts: dict, extra):
+        """Write measured.json and the student's folder with its card (and what extra(folder) adds), push if asked."""
+        from .hub.card import write_card
+        from .hub.export import export_student
+        run = self.run
+        facts |= {"samples": self.n, "exported_step": step, "score": run.best[0], "seconds": run.elapsed, "steps": run.step, "calls": run.calls,
+                  "trained": {n: sum(p.numel() for p in t.params.values()) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device)}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
         facts |= {"method": run.cfg.method, "config": run.describe(), "contract": self.contract, "lora": run.cfg.lora,
                   "command": command(run.cfg.method), "device": device_name(run.device), "chain": chain(run.cfg.init_student)}
 
         def card(folder):
-            picture.save(folder / "grid.png")
+            extra(folder)
             write_card(folder, run.model, facts)
         folder = export_student(run.model, self.net, run.out / "student", self.contract, lora_rank=run.cfg.lora, extra=card,
                                 facts={k: facts[k] for k in ("method", "chain", "exported_step", "steps")})
-        print(f"student (step {step}) -> {folder}\n  DiffusionPipeline.from_pretrained({str(folder)!r})", file=sys.stderr)
+        print(f"student (step {step}) -> {folder}\n  {self.opened_by}({str(folder)!r})", file=sys.stderr)
         if run.cfg.push_to_hub:
             from .hub.publish import push
             print(f"pushed: {push(folder, run.cfg.push_to_hub)}", file=sys.stderr)
@@ -267,6 +295,14 @@ def device_name(device) -> str:
     """The hardware as a person would name it."""
     import os
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+
+
+def peak_memory_gb(device) -> float:
+    """The most this process has held: memory of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1024**3
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**3 if sys.platform == "darwin" else 1024**2)
 
 
 def chain(folder: str) -> list[str]:

@@ -14,13 +14,13 @@ BUILT_IN = {"emoji": {"folder": "emoji/teacher", "guidance": 3.0, "data": "emoji
             "fashion": {"folder": "fashion/teacher", "guidance": 2.0, "data": "fashion"},
             "avatars": {"folder": "avatars/teacher", "guidance": 2.0, "data": "avatars"}}
 FAMILIES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "sd",
-            "ConsistencyModelPipeline": "pixel", "DDPMPipeline": "pixel", "DDIMPipeline": "pixel"}
+            "ConsistencyModelPipeline": "pixel", "DDPMPipeline": "pixel", "DDIMPipeline": "pixel", "WanPipeline": "video"}
 
 __all__ = ["Backbone", "Custom", "Examples", "Source", "load"]
 
 
 def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
-    """A Backbone from a built-in name (emoji, fashion, avatars, toy), a diffusers folder or a Hub id; a Backbone is returned as it is.
+    """A Backbone from a built-in name (emoji, fashion, avatars, toy, toy-video), a diffusers folder or a Hub id; a Backbone is returned as it is.
 
     data: see RunConfig.data; guidance: teacher scale w, 0 for the teacher's own default.
     Raises UserError for unknown names, folders without model_index.json and families without an adapter."""
@@ -29,6 +29,9 @@ def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
     elif teacher == "toy":
         from .toy import Toy
         model = Toy()
+    elif teacher == "toy-video":
+        from .toy_video import ToyVideo
+        model = ToyVideo()
     else:
         folder, known = _locate(teacher)
         kind = _pipeline_class(folder, teacher)
@@ -36,6 +39,8 @@ def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
             raise UserError(f"{teacher} is a {kind}, which has no adapter yet: supported are {', '.join(sorted(FAMILIES))}")
         if FAMILIES[kind] == "sd":
             from .sd import StableDiffusion as family
+        elif FAMILIES[kind] == "video":
+            from .video import Video as family
         else:
             from .pixel import Pixel as family
         model = family(folder, name=teacher, data=known.get("data", ""), guidance=known.get("guidance", 0.0))
@@ -56,7 +61,7 @@ def _locate(teacher: str) -> tuple[str, dict]:
     if Path(teacher).is_dir():
         return teacher, {}
     if "/" not in teacher or teacher.startswith((".", "/", "~")):
-        raise UserError(f"unknown teacher {teacher!r}: give {', '.join(BUILT_IN)}, toy, an existing diffusers folder, or a Hub id such as user/name")
+        raise UserError(f"unknown teacher {teacher!r}: give {', '.join(BUILT_IN)}, toy, toy-video, an existing diffusers folder, or a Hub id such as user/name")
     return teacher, {}
 
 

@@ -19,6 +19,7 @@ class Custom(Backbone):
 
     family = "custom"
     lora_targets = r".*"
+    last = None
 
     def __init__(self, network: nn.Module, data: dict[str, Tensor], *, shape: tuple[int, ...], process: Process | None = None,
                  pred: Pred = "velocity", uncond: dict[str, Tensor] | None = None, guidance: float = 1.0, name: str = "custom",

@@ -17,6 +17,9 @@ BUILT_IN = {   # teacher -> licence, base_model, and the notices its training da
     "fashion": ("mit", "fewstep/fashion-teacher", "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; Zalando SE, MIT)."),
     "avatars": ("apache-2.0", "fewstep/avatars-teacher", "Pixel avatars drawn with DiceBear pixel-art (CC0 1.0)."),
     "toy": ("apache-2.0", None, "Draws of a closed-form mixture of Gaussians."),
+    "text": ("apache-2.0", "fewstep/text-teacher", "The King James Version, Genesis to Esther in lower case (public domain; in the United Kingdom under the Crown's patent)."),
+    "toy-video": ("apache-2.0", None, "Clips of two figures drawn by the package itself."),
+    "toy-text": ("apache-2.0", None, "Draws of a closed-form Markov chain."),
 }
 LICENSES = {
     "apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
@@ -25,7 +28,7 @@ LICENSES = {
     "wtfpl", "isc", "ofl-1.1", "mpl-2.0", "gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "epl-2.0", "eupl-1.1", "ecl-2.0",
     "gfdl", "unlicense", "zlib", "postgresql", "ncsa", "osl-3.0", "pddl", "odbl", "odc-by", "ms-pl", "lppl-1.3c", "llama2", "llama3", "gemma", "unknown", "other"}
 RELATIONS = {"finetune", "adapter", "merge", "quantized"}
-PIPELINE_TAGS = {"sd": "text-to-image", "pixel": "unconditional-image-generation"}
+PIPELINE_TAGS = {"sd": "text-to-image", "pixel": "unconditional-image-generation", "text": "fill-mask", "video": "text-to-video"}
 
 
 def write_card(folder: Path, model, facts: dict) -> None:
@@ -75,7 +78,7 @@ def _metadata(folder, model, record, contract, facts) -> dict:
     tags = ["few-step", "distillation", *([facts["method"]] if facts.get("method") else []), *steps]
     if record["lora_rank"]:
         tags += ["lora"]
-    data = {**_license(model), "library_name": "diffusers" if hasattr(model, "pipe") else "fewstep"}
+    data = {**_license(model), "library_name": "diffusers" if hasattr(model, "pipe") else "transformers" if model.family == "text" else "fewstep"}
     if model.family in PIPELINE_TAGS:
         data["pipeline_tag"] = PIPELINE_TAGS[model.family]
     base = _hub_id(str(model.name))
@@ -84,7 +87,7 @@ def _metadata(folder, model, record, contract, facts) -> dict:
     data |= {"tags": tags, "inference": False}
     if (folder / "grid.png").exists():
         data["widget"] = [{"text": ", ".join(dict.fromkeys(facts.get("prompts") or ["samples"])), "output": {"url": "grid.png"}}]
-    rows = [(r, m) for r in facts.get("measured") or [] if r.get("who") == "student" for m in r if "kid_" in m]
+    rows = [(r, m) for r in facts.get("measured") or [] if r.get("who") == "student" for m in r if "kid_" in m or m == "ngram_js"]
     if rows:
         from huggingface_hub import EvalResult
         from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -104,13 +107,15 @@ def _table(rows: list[dict]) -> str:
 
 
 def _call(family: str, prompt: str) -> str:
-    return f'"{prompt}"' if family == "sd" else "class_labels=[3]"
+    return f'"{prompt}"' if family in ("sd", "video") else "class_labels=[3]"
 
 
 def _how(contract: Contract, record: dict, family: str) -> list[str]:
     """What a user must know before the first call."""
     says = {"renoise": "re-noising: predict the clean image, add fresh noise at the next timestep", "ode": "deterministic: DDIM steps",
-            "jump": "trained as a flow map of two times; the stock folder holds its map to time 0, sampled by re-noising"}[contract.sampler]
+            "jump": "trained as a flow map of two times; the stock folder holds its map to time 0, sampled by re-noising",
+            "unmask": "unmasking: from time t to s a mask stays with probability s/t, else its token is drawn (in float64) from the network's categorical",
+            "causal": "chunk by chunk through a key-value cache: a few re-noising steps a chunk, then one pass that writes the clean chunk to the cache"}[contract.sampler]
     lines = [f"Sampler: {says}."]
     if contract.scheduler == "LCMScheduler" and family == "sd":
         lines.append("Always say `num_inference_steps`: the pipeline's default of 50 raises.")
@@ -127,10 +132,39 @@ def _how(contract: Contract, record: dict, family: str) -> list[str]:
     return lines
 
 
+_TOKEN_MEASURES = """`ngram_js` is the Jensen-Shannon divergence (bits) between the 3-grams of the samples and of real sequences; lower is \
+better, and the row `data` is what as many real ones score. `bits_per_token` is what an exact model of the data needs for the samples: \
+repetitive text lowers it, so read it beside `entropy` (bits, of each sample's own symbols) and `distinct` (share of different 4-grams)."""
+_TOKEN_USE = """## Use
+
+```python
+import zoo
+
+pipe = zoo.load("{place}")
+print(pipe(num_inference_steps={most}, num_samples=4).texts)     # or pipe("a beginning", ...)
+```
+
+The folder of a text student is a stock masked language model (`AutoModelForMaskedLM`, `AutoTokenizer`); transformers has no unmasking sampler."""
+
+
+_VIDEO_USE = """## Use
+
+```python
+import zoo
+
+pipe = zoo.load("{place}")                        # zoo.pipelines.causal_video.CausalVideoPipeline: no stock class has the cache
+frames = pipe("{prompt}").frames[0]               # a list of pictures
+for chunk in pipe.stream("{prompt}"):             # [1, frames, channels, height, width] in [0, 1], as they come, until you stop
+    ...
+```
+
+`transformer/` is a stock WanTransformer3DModel. Trained with {layout}."""
+
+
 def _body(folder, model, record, contract, facts) -> str:
     family, prompt = model.family, (facts.get("prompts") or ["fluent red heart"])[0]
     place = (facts.get("config") or {}).get("push_to_hub") or PLACE
-    most, call = max(contract.knots), _call(family, prompt)
+    most, call, unmask = max(contract.knots), _call(family, prompt), contract.sampler == "unmask"
     teacher = f"`{Path(str(model.name)).name}`" + (", the teacher shipped in the package" if str(model.name) in BUILT_IN else "")
     guided = record["slot"] == "guidance" and record["slot_weights"] == "unet"
     parts = [f"# {_title(model, facts)}\n\nA student of {', '.join(map(str, contract.steps))} steps distilled from {teacher}"
@@ -138,15 +172,25 @@ def _body(folder, model, record, contract, facts) -> str:
              + "\n".join(f"- {line}" for line in _how(contract, record, family))]
     if (folder / "grid.png").exists():
         parts.append("![Teacher and student on the same noise, one column per prompt](grid.png)\n\n<Gallery />")
+    if facts.get("texts"):
+        parts.append(f"```text\n{facts['texts'].rstrip()}\n```")
     if facts.get("measured"):
         note = f"{facts['samples']} samples; " if facts.get("samples") else ""
-        parts.append(f"## Measured\n\n{_table(facts['measured'])}\n\n{note}a guided teacher step is two network calls. `conditional_kid_*` is the kernel distance, prompt by prompt, "
+        parts.append(f"## Measured\n\n{_table(facts['measured'])}\n\n{note}" + _TOKEN_MEASURES if unmask else
+                     f"## Measured\n\n{_table(facts['measured'])}\n\n{note}a guided teacher step is two network calls. `conditional_kid_*` is the kernel distance, prompt by prompt, "
                      "to the teacher's many-step samples in the named feature space (lower is better; low and high are its interval); it is not FID.")
-    rows = [{"num_inference_steps": k, "timesteps": ", ".join(f"{x:g}" for x in contract.knots[k])} for k in contract.steps]
-    parts.append(f"## Sampling contract\n\n{_table(rows)}\n\nguidance {contract.guidance:g}, scheduler {contract.scheduler}, prediction {contract.prediction}. "
+    times = lambda knots: f"{len(knots)}, evenly spaced from {knots[0]:g} to {knots[-1]:g}" if len(knots) > 8 else ", ".join(f"{x:g}" for x in knots)
+    rows = [{"num_inference_steps": k, "timesteps": times(contract.knots[k])} for k in contract.steps]
+    said = "times of the masking process, a token being visible with probability 1 - t" if unmask else \
+        f"guidance {contract.guidance:g}, scheduler {contract.scheduler}, prediction {contract.prediction}"
+    parts.append(f"## Sampling contract\n\n{_table(rows)}\n\n{said}. "
                  "The same is in `fewstep.json`" + (' and in `pipe.scheduler.config["_fewstep"]`.' if hasattr(model, "pipe") else "."))
     ours = f"```python\nimport zoo\n\npipe = zoo.load(\"{place}\")          # steps and guidance are filled in\nimage = pipe({call}).images[0]\n```"
-    if family == "custom":
+    if unmask:
+        parts.append(_TOKEN_USE.format(place=place, most=most))
+    elif family == "video":
+        parts.append(_VIDEO_USE.format(place=place, prompt=prompt, layout=", ".join(f"{k} {v}" for k, v in contract.layout.items())))
+    elif family == "custom":
         parts.append("## Use\n\n`custom.safetensors` holds the weights of the teacher's own module class: load them into it (`load_state_dict`) and sample by the contract.")
     elif family == "toy":
         parts.append("## Use\n\n" + ours)

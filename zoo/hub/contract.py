@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..process import VP, Process
 
 SCHEMA = 1
-Sampler = Literal["renoise", "ode", "jump"]
+Sampler = Literal["renoise", "ode", "jump", "unmask", "causal"]
 STOCK_GUIDANCE = 7.5      # what a stock Stable Diffusion pipeline uses when nothing is said
 
 
@@ -24,7 +24,8 @@ class Contract:
 
     sampler: rule between knots (rollout.sample); knots: number of steps -> the stock scheduler's timesteps, noise to data;
     guidance: the value to pass to the stock call; guidance_range: scales a guidance-embedding student was trained on;
-    prediction: reading of the network in diffusers' words; scheduler: stock class serving it; lora_scale: weight of the LoRA file."""
+    prediction: reading of the network in diffusers' words; scheduler: stock class serving it; lora_scale: weight of the LoRA file;
+    layout: causal video students, the fields of rollout_causal.Layout and the shape [F, C, H, W] of the clips it was trained on."""
 
     knots: dict[int, tuple[float, ...]]
     sampler: Sampler = "renoise"
@@ -35,6 +36,7 @@ class Contract:
     lora_scale: float = 1.0
     shift: float = 1.0
     guidance_range: tuple[float, float] | None = None
+    layout: dict | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> dict:
@@ -69,9 +71,10 @@ class Contract:
         return process.from_timestep(torch.tensor(self.knots[num_inference_steps], dtype=torch.float64))
 
 
-def knots_for(times, process: Process, rule: Sampler = "renoise") -> dict[int, tuple[float, ...]]:
+def knots_for(times, process: Process, rule: Sampler = "renoise", multiple_of: int = 1) -> dict[int, tuple[float, ...]]:
     """Knots of a student trained at process times `times` (noise to data, e.g. (1, .75, .5, .25)): the whole list and every
-    even subsampling of it, so n times give an entry for each divisor of n.
+    even subsampling of it, so n times give an entry for each divisor of n that is a multiple of `multiple_of` (the phases of a
+    student that jumps no further than their ends).
 
     On VP, timesteps are table rows (integers). With rule "jump" the times of VP are the stock timesteps 1000/n apart, whatever
     process the student was trained in: it knows all times, and only this grid is served by a stock scheduler."""
@@ -83,7 +86,7 @@ def knots_for(times, process: Process, rule: Sampler = "renoise") -> dict[int, t
     else:
         numbers = process.timestep(torch.as_tensor(list(times), dtype=torch.float64)).tolist()
     numbers = [round(x) if isinstance(process, VP) else round(x, 6) for x in numbers]
-    return {k: tuple(numbers[:: n // k]) for k in range(n, 0, -1) if n % k == 0}
+    return {k: tuple(numbers[:: n // k]) for k in range(n, 0, -1) if n % k == 0 and k % multiple_of == 0}
 
 
 def scheduler_for(contract: Contract, teacher_config: dict):
@@ -115,16 +118,16 @@ def scheduler_for(contract: Contract, teacher_config: dict):
     return scheduler
 
 
-SCHEDULERS = {"renoise": "LCMScheduler", "jump": "LCMScheduler", "ode": "DDIMScheduler"}
+SCHEDULERS = {"renoise": "LCMScheduler", "jump": "LCMScheduler", "ode": "DDIMScheduler", "unmask": "none", "causal": "FlowMatchLCMScheduler"}
 
 
-def contract_for(model, times, rule: Sampler = "renoise", process: Process | None = None, **fields) -> Contract:
+def contract_for(model, times, rule: Sampler = "renoise", process: Process | None = None, multiple_of: int = 1, **fields) -> Contract:
     """The contract of a student of Backbone `model` trained at `times` of `process` (by default the model's; another one is
     mapped by equal angle), checked against the stock scheduler now rather than at export. `fields`: guidance, guidance_range ..."""
     if process is not None and process is not model.process and rule != "jump":
         times = model.process.time(process.angle(torch.as_tensor(list(times), dtype=torch.float64))).tolist()
     prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(model.pred, model.pred)
-    contract = Contract(knots_for(times, model.process, rule), rule, prediction=prediction, scheduler=SCHEDULERS[rule], **fields)
+    contract = Contract(knots_for(times, model.process, rule, multiple_of), rule, prediction=prediction, scheduler=SCHEDULERS[rule], **fields)
     if isinstance(model.process, VP):
         scheduler_for(contract, model.pipe.scheduler.config)
     return contract

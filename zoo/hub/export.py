@@ -10,6 +10,7 @@ loaded into a fresh stock class, so `DiffusionPipeline.from_pretrained(folder)` 
     toy.safetensors                               instead of all of these for the toy"""
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -108,7 +109,7 @@ def export_student(model, net, folder: str | Path, contract: Contract, *, lora_r
         temp.mkdir(parents=True)
         record = {"family": model.family, "teacher": _teacher_name(model), "slot": net.slot, "slot_weights": None, "lora_rank": lora_rank,
                   "process": type(process).__name__, **(facts or {})}
-        write = _write_pipeline if hasattr(model, "pipe") else _write_bare
+        write = {"text": _write_text, "video": _write_video}.get(model.family, _write_pipeline if hasattr(model, "pipe") else _write_bare)
         write(model, net, temp, contract, record)
         (temp / RECORD).write_text(json.dumps({**contract.to_json(), "student": record}, indent=1) + "\n")
         if extra is not None:
@@ -135,6 +136,29 @@ def _write_bare(model, net, folder, contract, record):
     save_file(plain_state(net), folder / f"{model.family}.safetensors")
     if net.role:
         save_file(lora_state(net), folder / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"]))
+
+
+def _write_text(model, net, folder, contract, record):
+    """A stock transformers folder: AutoModelForMaskedLM and AutoTokenizer open it."""
+    module = type(model.module)(copy.deepcopy(model.config))
+    module.load_state_dict(plain_state(net))
+    module.eval().save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    _forget_paths(folder)
+    record["length"] = model.shape[0]
+    if net.role:
+        save_file(lora_state(net), folder / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"]))
+
+
+def _write_video(model, net, folder, contract, record):
+    """The teacher's parts around the student's transformer, for `CausalVideoPipeline`: no stock pipeline has a key-value cache."""
+    from ..pipelines.causal_video import causal_pipeline
+    module = type(model.module).from_config(model.module.config)
+    module.load_state_dict(plain_state(net))
+    causal_pipeline(model.pipe, module.eval(), contract).save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
+    _forget_paths(folder)
+    if net.role:
+        save_file({f"transformer.{k}": v for k, v in lora_state(net).items()}, folder / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"], "transformer"))
 
 
 def _write_pipeline(model, net, folder, contract, record):
@@ -202,10 +226,10 @@ def _forget_paths(folder: Path) -> None:
             path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
-def _lora_metadata(net, rank: int) -> dict[str, str]:
+def _lora_metadata(net, rank: int, part: str = "unet") -> dict[str, str]:
     """What diffusers writes beside LoRA weights; without it alpha is lost."""
     layers = sorted({n.split(".lora_")[0] for n, _ in net.module.named_parameters() if f".{net.role}." in n})
-    config = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": layers}
+    config = {f"{part}.r": rank, f"{part}.lora_alpha": rank, f"{part}.target_modules": layers}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
 
 
@@ -246,11 +270,11 @@ def _student_state(model, folder, contract, record, same_slot):
     if not hasattr(model, "pipe"):
         state, stock = load_file(folder / f"{model.family}.safetensors"), False
     else:
-        side = record["slot_weights"] if same_slot else "unet"
+        side = record["slot_weights"] if same_slot else model.part
         path = folder / side / WEIGHTS
         if not path.exists():
             raise UserError(f"--init_student {folder} has no {side}/{WEIGHTS}: the folder is incomplete")
-        state, stock = load_file(path), side == "unet"
+        state, stock = load_file(path), side == model.part
     if same_slot:
         return state
     if SLOT in state and record["slot"]:     # folding a stock folder's zero projection changes nothing
@@ -267,7 +291,7 @@ def _adapter_state(module, role, folder, record, slot):
         raise UserError(f"--init_student {folder} has the extra input {record['slot']} and this run has {slot}: a LoRA file fits only its own kind; drop --lora to start from its fused weights")
     side = "" if record["family"] == "toy" else SLOT_FOLDERS.get(slot, "")
     with safe_open(folder / side / LORA_WEIGHTS, "pt") as f:
-        state = {k.removeprefix("unet."): f.get_tensor(k) for k in f.keys()}
+        state = {k.removeprefix("unet.").removeprefix("transformer."): f.get_tensor(k) for k in f.keys()}
     state = {k.replace(".lora_A.", f".lora_A.{role}.").replace(".lora_B.", f".lora_B.{role}."): v for k, v in state.items()}
     own = next(v for k, v in module.state_dict().items() if f".lora_A.{role}." in k)
     if own.shape[0] != record["lora_rank"]:

@@ -1,0 +1,245 @@
+"""What the leaderboard looks like: CSV, tables, plot and pictures, all made from the entries of a board (see run.Board)."""
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+from pathlib import Path
+
+METRICS = ("kid_efflite0", "kid_low", "kid_high", "kid_teacher", "precision", "recall", "density", "coverage", "agreement", "diversity", "ode_error")
+COST = ("training_steps", "training_calls", "training_seconds", "budget_used", "peak_memory_gb", "parameters", "trained_parameters")
+COLUMNS = ("who", "kind", "family", "seed", "sampler", "steps", "calls", *METRICS, *COST, "warnings", "error")
+FAMILY_COLOURS = {"distribution matching": "tab:blue", "trajectory": "tab:orange", "adversarial": "tab:green"}
+HALVES = (1, 4)      # network calls of the two halves of the picture
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+def flat(entries: list[dict]) -> list[dict]:
+    """One dict per row of the table; a method that did not train is one row with its error."""
+    out = []
+    for e in entries:
+        who = {k: e[k] for k in ("who", "kind", "family", "seed")}
+        job = e["job"] or {}
+        cost = {k: job.get(k) for k in COST} | {"warnings": "; ".join(job.get("warnings", []))}
+        out += [who | {"error": e["error"]}] if "error" in e else []
+        out += [who | row | cost for row in sorted(e["rows"], key=lambda r: (r["sampler"], -r["calls"]))]
+    return out
+
+
+def table(entries: list[dict], path: Path):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in flat(entries))
+
+
+def average(rows: list[dict]) -> list[dict]:
+    """Mean and sample spread over seeds of rows that differ in the seed alone: each metric becomes (mean, spread | None)."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if not row.get("error"):
+            groups.setdefault((row["who"], row["sampler"], row["steps"]), []).append(row)
+    out = []
+    for group in groups.values():
+        mean = {k: group[0][k] for k in ("who", "kind", "family", "sampler", "steps", "calls")} | {"seeds": len(group)}
+        for key in (*METRICS, *COST):
+            values = [r[key] for r in group if r.get(key) is not None]
+            mean[key] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None) if values else None
+        out.append(mean)
+    return out
+
+
+def by_student(rows: list[dict]) -> list[list[dict]]:
+    """Averaged rows of one model and sampler, fewest calls first; best at its fewest calls first."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in sorted(rows, key=lambda r: r["calls"]):
+        groups.setdefault((row["who"], row["sampler"]), []).append(row)
+    return sorted(groups.values(), key=lambda g: (g[0]["calls"], g[0]["kid_efflite0"][0]))
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+def show(value: tuple | None, digits: int = 0, scale: float = 1.0) -> str:
+    """Mean and spread as text."""
+    if value is None:
+        return ""
+    mean, spread = value
+    return f"{mean * scale:.{digits}f}" + ("" if spread is None else f" ± {spread * scale:.{digits}f}")
+
+
+def markdown(entries: list[dict], facts: dict) -> str:
+    """The tables of one board."""
+    rows = average(flat(entries))
+    students = by_student(rows)
+    names = {s: sum(1 for g in students if g[0]["who"] == s) for s in {g[0]["who"] for g in students}}
+    label = lambda g: f"{g[0]['who']} ({g[0]['sampler']})" if names[g[0]["who"]] > 1 else g[0]["who"]
+    budget = f"{facts['max_calls']:,} network calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training"
+    seeds = sorted({e["seed"] for e in entries if e["seed"] is not None})
+    lines = [f"### {facts['teacher']}, {budget}", "",
+             f"{facts['samples']} samples a row, seeds {', '.join(map(str, seeds)) or 'none'} (mean ± spread over them), teacher at guidance {facts.get('guidance', 1):g}"
+             f" in {facts.get('precision', 'float32')}, reference {facts['reference_steps']} steps; {facts['hardware']}." + (f" Flags of every script: `{facts['flags']}`." if facts["flags"] else ""),
+             "", "`kid_efflite0` to real images, at a number of network calls:", "",
+             "| model | family | sampler | 1 | 2 | 4 | 8 | more |", "|---|---|---|---|---|---|---|---|"]
+    for g in students:
+        at = {r["calls"]: show(r["kid_efflite0"]) for r in g}
+        more = ", ".join(f"{v} at {k}" for k, v in at.items() if k not in (1, 2, 4, 8))
+        family = g[0]["family"] or {"teacher": "baseline", "solver": "training-free solver", "untrained": "the student before training"}[g[0]["kind"]]
+        lines.append(f"| {g[0]['who']} | {family} | {g[0]['sampler']} | " + " | ".join(at.get(k, "") for k in (1, 2, 4, 8)) + f" | {more} |")
+    own = "class accuracy" if facts["teacher"] == "fashion" else "retrieval@5"
+    lines += ["", "Each where it is best:", "",
+              f"| model | calls | to real | to teacher | precision | recall | coverage | {own} | diversity | ODE error | steps | Mcalls | seconds | peak GB | M trained |", "|" + "---|" * 15]
+    for g in students:
+        r = min(g, key=lambda r: r["kid_efflite0"][0])
+        mark = "*" if r["budget_used"] and r["budget_used"][0] < 0.95 else ""
+        error = next((x["ode_error"] for x in g if x["ode_error"] is not None), None)
+        lines.append(f"| {label(g)}{mark} | {r['calls']} | {show(r['kid_efflite0'])} | {show(r['kid_teacher'])} | " + " | ".join(show(r[k], 2) for k in ("precision", "recall", "coverage", "agreement", "diversity"))
+                     + f" | {show(error, 2) if g[0]['kind'] != 'method' or g[0]['family'] == 'trajectory' else ''} | {show(r['training_steps'])} | {show(r['training_calls'], 2, 1e-6)} | {show(r['training_seconds'])} | {show(r['peak_memory_gb'], 2)} | {show(r['trained_parameters'], 2, 1e-6)} |")
+    if any("*" in line.split("|")[1] for line in lines if line.startswith("| ")):
+        lines += ["", "\\* reached its script's own `--steps` before the budget was spent."]
+    warned = sorted({(e["who"], w) for e in entries for w in (e["job"] or {}).get("warnings", [])})
+    failed = [(e["who"], e["seed"], e["error"]) for e in entries if "error" in e]
+    failed += [(e["who"], e["seed"], f"{r['steps']} steps: {r['error']}") for e in entries for r in e["rows"] if "error" in r]
+    if warned:
+        lines += ["", "Health warnings during training: " + ", ".join(f"{who} ({w})" for who, w in warned) + ". [What they mean](../../docs/symptoms.md)."]
+    if failed:
+        lines += ["", "Failed: " + "; ".join(f"{who}{'' if seed is None else f' seed {seed}'}: {error}" for who, seed, error in failed) + "."]
+    return "\n".join(lines)
+
+
+def short(entries: list[dict], facts: dict, top: int = 10) -> str:
+    """The project README's table: the best students by their best row at no more than 4 calls."""
+    students = [[r for r in g if r["calls"] <= 4] for g in by_student(average(flat(entries))) if g[0]["kind"] in ("method", "untrained")]
+    students = sorted((g for g in students if g), key=lambda g: min(r["kid_efflite0"][0] for r in g))[:top]
+    teacher = [r for r in average(flat(entries)) if r["kind"] == "teacher"]
+    lines = [f"`kid_efflite0` to real images ({facts['teacher']}, lower is better) by number of network calls; every method with the same teacher, noise and "
+             + (f"{facts['max_calls']:,} network calls" if facts["max_calls"] else f"{facts['time_budget']:g} s") + " of training:", "", "| model | 1 | 2 | 4 |", "|---|---|---|---|"]
+    for g in students:
+        at = {r["calls"]: show(r["kid_efflite0"]) for r in g}
+        lines.append(f"| {g[0]['who']} | " + " | ".join(at.get(k, "") for k in (1, 2, 4)) + " |")
+    lines += ["", "The teacher: " + ", ".join(f"{show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(teacher, key=lambda r: -r["calls"])) + ". [All of it](benchmarks/leaderboard/README.md)."]
+    return "\n".join(lines)
+
+
+def between(path: Path, name: str, text: str) -> bool:
+    """Rewrite what stands between the markers `name` of a page; False when it has none."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    if begin not in page or end not in page:
+        return False
+    path.write_text(re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.S), encoding="utf-8")
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+def strip_path(work: Path, who: str, sampler: str, steps: int) -> Path:
+    return work / "pictures" / f"{who}-{sampler}-{steps}.png"
+
+
+def keep_strip(work: Path, who: str, row: dict, images):
+    """The first images of a row, side by side, for `picture`."""
+    from PIL import Image
+
+    from zoo.grid import to_uint8
+    path = strip_path(work, who, row["sampler"], row["steps"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    x = to_uint8(images)
+    Image.fromarray(x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1, 3)).save(path)
+
+
+def read_strip(path: Path):
+    """[n, 3, side, side] in [-1, 1]."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    x = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.stack(x.split(x.shape[1], 2))
+
+
+def picture(entries: list[dict], work: Path, path: Path, cell: int = 48):
+    """One row per model on the same noise: the left half at 1 network call, the right half at 4 (baselines: as labelled).
+
+    A picture is kept as it is when strips of its rows are no longer in the work folder."""
+    import torch
+
+    from zoo.grid import grid
+    have = {(r["who"], r["sampler"], r["steps"]) for r in flat(entries) if not r.get("error")}
+    teacher = sorted((k for who, _, k in have if who == "teacher"), reverse=True)
+    pairs = [(f"teacher {teacher[0]} steps", ("teacher", "ode", teacher[0]), None)] if teacher else []
+    pairs += [(f"{who} {a} | {b} steps", (who, sampler, a), (who, sampler, b)) for who, sampler, a, b in
+              (("teacher", "ode", 1, 4), ("dpmsolver++", "solver", 4, 8), ("unipc", "solver", 4, 8), ("untrained", "renoise", *HALVES))]
+    for g in by_student(average(flat(entries))):
+        if g[0]["kind"] == "method":
+            who, sampler = g[0]["who"], g[0]["sampler"]
+            pairs.append((f"{who} {sampler}", (who, sampler, HALVES[0]), (who, sampler, HALVES[1])))
+    wanted = {h for _, *halves in pairs for h in halves if h in have}
+    if path.exists() and not all(strip_path(work, *h).exists() for h in wanted):
+        return
+    rows = []
+    for label, *halves in pairs:
+        strips = [read_strip(strip_path(work, *h)) if h in have and strip_path(work, *h).exists() else None for h in halves]
+        if any(s is not None for s in strips):
+            blank = torch.ones_like(next(s for s in strips if s is not None))
+            rows.append((label, torch.cat([blank if s is None else s for s in strips])))
+    if rows:
+        n = len(rows[0][1]) // 2
+        grid(rows, path, [f"{HALVES[0]} call"] * n + [f"{HALVES[1]} calls"] * n, cell)
+
+
+def plot(entries: list[dict], facts: dict, path: Path, named: int = 12) -> bool:
+    """kid_efflite0 against network calls; False without matplotlib (`pip install -e ".[bench]"`)."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    students = by_student(average(flat(entries)))
+    figure, axis = plt.subplots(figsize=(9, 5.5))
+    best = sorted((g for g in students if g[0]["kind"] == "method"), key=lambda g: min(r["kid_efflite0"][0] for r in g))[:named]
+    for g in students:
+        x, y = [r["calls"] for r in g], [r["kid_efflite0"][0] for r in g]
+        error = [r["kid_efflite0"][1] or 0 for r in g]
+        if g[0]["kind"] == "method":
+            axis.errorbar(x, y, error, marker="o", ms=3, lw=1, capsize=2, alpha=0.8, color=FAMILY_COLOURS.get(g[0]["family"], "tab:purple"), ls="--" if g[0]["sampler"] == "jump" else "-")
+        else:
+            style = {"teacher": "k-", "solver": "k:", "untrained": "k--"}[g[0]["kind"]]
+            axis.plot(x, y, style, marker="s", ms=3, lw=1, label=g[0]["who"])
+            axis.annotate(g[0]["who"], (x[-1], y[-1]), fontsize=7, xytext=(4, 2), textcoords="offset points")
+        if any(g is b for b in best):
+            axis.annotate(g[0]["who"], (x[0], y[0]), fontsize=7, xytext=(-4, 2), textcoords="offset points", ha="right")
+    for family, colour in FAMILY_COLOURS.items():
+        if any(g[0]["family"] == family for g in students):
+            axis.plot([], [], color=colour, label=family)
+    axis.set(xscale="log", yscale="log", xlabel="network calls per image", ylabel="kid_efflite0 to real images",
+             title=f"{facts['teacher']}: " + (f"{facts['max_calls']:,} training calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training"))
+    ticks = sorted({r["calls"] for g in students for r in g})
+    axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.minorticks_off()
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------- all of it
+def publish(board, work: Path, here: Path, root: Path):
+    """Everything that is made from a board's entries. Tables go into the README files when the board is one of this folder's, else
+    into table.md beside its rows."""
+    entries = board.entries()
+    table(entries, board.folder / "leaderboard.csv")
+    if not any(r for e in entries for r in e["rows"] if "error" not in r):
+        return
+    picture(entries, work, board.folder / "samples.png")
+    if not plot(entries, board.facts, board.folder / "plot.png"):
+        print('no plot: pip install -e ".[bench]" brings matplotlib')
+    if board.folder.resolve().parent != here:
+        (board.folder / "table.md").write_text(markdown(entries, board.facts) + "\n", encoding="utf-8")
+        return
+    boards = []
+    for folder in sorted(p.parent for p in here.glob("*/board.json")):
+        rows = [json.loads(p.read_text()) for p in sorted((folder / "rows").glob("*.json"))]
+        boards.append((folder.name, rows, json.loads((folder / "board.json").read_text())))
+    text = "\n\n".join(f"{markdown(rows, facts)}\n\n![quality against calls]({name}/plot.png)\n\n![samples]({name}/samples.png)" for name, rows, facts in boards)
+    between(here / "README.md", "leaderboard", text)
+    between(root / "README.md", "leaderboard", "\n\n".join(short(rows, facts) for _, rows, facts in boards))

@@ -1,0 +1,440 @@
+"""Counting network calls, and the leaderboard's pure pieces on tiny data; the guard itself is slow."""
+import dataclasses
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "train_scripts"), str(ROOT / "benchmarks" / "leaderboard")]
+import measures  # noqa: E402
+import pages  # noqa: E402
+import train_dmd  # noqa: E402
+import train_lcm  # noqa: E402
+import train_meanflow  # noqa: E402
+from tiny import tiny_pixel  # noqa: E402
+
+from zoo import backbones, calculus, health, losses, metrics, registry, rollout  # noqa: E402
+from zoo.denoiser import CALLS  # noqa: E402
+from zoo.errors import UserError  # noqa: E402
+from zoo.process import RectifiedFlow, view  # noqa: E402
+from zoo.run import Run, RunConfig  # noqa: E402
+
+
+def load(name):
+    """benchmarks/leaderboard/<name>.py under a name of its own: other benchmarks have a run.py too."""
+    spec = importlib.util.spec_from_file_location(f"leaderboard_{name}", ROOT / "benchmarks" / "leaderboard" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+run, curves = load("run"), load("curves")
+
+
+# ------------------------------------------------------------------------------------------------------- counting calls
+@pytest.fixture(scope="module")
+def pixel(tmp_path_factory):
+    return str(tiny_pixel(tmp_path_factory.mktemp("teacher") / "pixel"))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return backbones.load("toy")          # fitted once; every role is a copy
+
+
+def counted(fn) -> int:
+    before = CALLS.total
+    fn()
+    return CALLS.total - before
+
+
+def test_a_call_counts_its_samples_once_thrice_or_twice(toy):
+    model = toy
+    net, cond = model.make("student"), {"label": torch.arange(5)}
+    x, t = torch.randn(5, 2), torch.full((5,), 0.5)
+    call = lambda: net(x, t, cond)
+    assert counted(call) == 15                                        # its parameters are trained
+    with torch.no_grad():
+        assert counted(call) == 5
+    net.module.requires_grad_(False)
+    assert counted(call) == 5                                         # a constant net of constant inputs
+    assert counted(lambda: net(x.clone().requires_grad_(), t, cond)) == 15
+    net.module.requires_grad_(True)
+    assert counted(lambda: view(net, model.process)(x, t, cond)) == 15
+    from zoo.process import TrigFlow
+    assert counted(lambda: view(net, TrigFlow())(x, t, cond)) == 15   # a view is not a second call
+    assert counted(lambda: model.teacher(x, t, cond)) == 5            # the closed form stands for a network
+    along = lambda how: calculus.total_derivative(lambda x, t: net(x, t, cond), (x, t), (x, t * 0 + 1), how)
+    assert counted(lambda: along("jvp")) == 10 and counted(lambda: along("fd")) == 15
+    knots = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    assert counted(lambda: rollout.backward_simulation(net, x, cond, knots, 3, lambda: x)) == 15
+    assert counted(lambda: losses.guided(model.teacher, x, t, cond, {"label": cond["label"] * 0 + 8}, 3.0)) == 10
+
+
+CHEAP = dict(batch=8, time_budget=0, sample_every=0, measure_every=0, checkpoint_every=1, mixed_precision="no")
+# Calls per sample of one step, by hand, with a guided teacher (a guided call is two): DMD, one student time, two critic updates of
+# x = G (1), fake trained (3); then G trained (3), guided teacher (2), fake (1). LCM: guided teacher (2), average (1), f trained (3).
+# MeanFlow: guided teacher (2), central difference (3), u trained (3).
+BY_HAND = {"dmd": 2 * (1 + 3) + 3 + 2 + 1, "lcm": 2 + 1 + 3, "meanflow": 2 + 3 + 3}
+SCRIPTS = {"dmd": train_dmd, "lcm": train_lcm, "meanflow": train_meanflow}
+
+
+def config(name, out, teacher, **options):
+    return SCRIPTS[name].Config(teacher=teacher, output_dir=str(out), **{**CHEAP, "student_times": (1.0,), **options})
+
+
+def calls(out) -> int:
+    return json.loads((out / "measured.json").read_text())["calls"]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_one_step_by_hand(tmp_path, pixel, name, monkeypatch):
+    from zoo import data
+    monkeypatch.setattr(data, "load", lambda *a: (torch.rand(16, 1, 8, 8) * 2 - 1, type("T", (), {"column_names": []})()))
+    out = tmp_path / "run"
+    done = SCRIPTS[name].main(config(name, out, pixel, steps=1, guidance=2.0))
+    assert done.calls == calls(out) == 8 * BY_HAND[name]              # sampling and measuring are not training
+    assert [json.loads(r)["calls"] for r in (out / "metrics.jsonl").read_text().splitlines()] == [done.calls]
+
+
+def test_one_step_by_hand_on_the_toy(tmp_path, toy):
+    """The toy's teacher is unguided: one call less."""
+    for name in BY_HAND:
+        done = SCRIPTS[name].main(config(name, tmp_path / name, toy, steps=1))
+        assert done.calls == 8 * (BY_HAND[name] - 1), name
+    jvp = train_meanflow.main(config("meanflow", tmp_path / "jvp", toy, steps=1, derivative="jvp"))
+    assert jvp.calls == 8 * (1 + 2 + 3)
+    gan = train_dmd.main(config("dmd", tmp_path / "gan", toy, steps=1, gan=0.01))
+    assert gan.calls == 8 * (2 * (1 + 3 + 3 + 3) + 3 + 1 + 1 + 3)     # the discriminator reads x_t and y_t, the student's loss x_t
+
+
+def test_a_resumed_run_goes_on_counting_and_a_budget_of_calls_stops_it(tmp_path, toy):
+    out, per_step = tmp_path / "run", 8 * (BY_HAND["lcm"] - 1)
+    train_lcm.main(config("lcm", out, toy, steps=2))
+    resumed = train_lcm.main(config("lcm", out, toy, steps=100, max_calls=4 * per_step - 1))
+    assert resumed.step == 4 and resumed.calls == calls(out) == 4 * per_step
+    rows = [json.loads(r) for r in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["calls"] == r["step"] * per_step for r in rows)
+
+
+def test_micro_batches_add_up(tmp_path, toy):
+    assert train_lcm.main(config("lcm", tmp_path / "run", toy, steps=1, accumulate=2)).calls == 8 * (BY_HAND["lcm"] - 1)
+
+
+def test_what_is_prepared_before_the_loop_counts_once(tmp_path, toy):
+    """Stored pairs cost calls too; a resumed run that makes them again does not pay twice. The estimate before step 1 is free."""
+    def prepare(steps):
+        model = toy
+        r = Run(train_lcm.Config(teacher=toy, output_dir=str(tmp_path / "run"), steps=steps, **CHEAP), model)
+        G, data = r.train("student", model.make("student"), 1e-3), model.batches()
+        model.teacher(torch.randn(100, 2), torch.full((100,), 0.5), {"label": torch.zeros(100, dtype=torch.long)})
+        for _ in r.loop():
+            r.minimize(G, lambda b: {"loss": G(b.randn(), b.rand(), b.cond).square().mean()}, data)
+        return r
+    assert prepare(1).calls == 100 + 24
+    assert prepare(3).calls == 100 + 3 * 24
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and first["calls"] == 100 and first["prepared_seconds"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------- measures
+LINE = lambda *v: torch.tensor(v, dtype=torch.float32)[:, None]
+
+
+def test_precision_recall_density_coverage_by_hand():
+    """Data 0 1 2 10 have balls of 1 1 1 8 to their nearest neighbour, samples .5 3.5 20 of 3 3 16.5.
+    .5 lies in the balls of 0 and 1, 3.5 in that of 10 (6.5 away), 20 in none; 0 1 2 lie in the ball of .5, and 10 in that of 20."""
+    real, fake = LINE(0, 1, 2, 10), LINE(0.5, 3.5, 20)
+    assert measures.manifold(real, fake, k=1) == pytest.approx({"precision": 2 / 3, "recall": 1.0, "density": 3 / 3, "coverage": 3 / 4})
+    swapped = measures.manifold(fake, real, k=1)
+    assert (swapped["precision"], swapped["recall"]) == pytest.approx((1.0, 2 / 3))          # a mutation: the roles exchanged is another answer
+    assert measures.manifold(real, fake, k=2)["precision"] == pytest.approx(2 / 3)           # 20 is 10 from 10, whose second neighbour is 9 away
+    assert measures.manifold(real, LINE(0.5, 3.5, 18.5), k=2)["precision"] == 1.0            # the ball of k = 2 is 9, that of k = 1 is 8
+    assert measures.manifold(real, LINE(0.5, 3.5, 18.5), k=1)["precision"] == pytest.approx(2 / 3)
+
+
+def test_precision_and_recall_tell_collapse_from_noise():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n, std=1.0: torch.randn(n, 8, generator=g) * std
+    real = draw(300)
+    same, collapsed, noisy = (measures.manifold(real, x) for x in (draw(300), draw(300, 0.2), draw(300, 5.0)))
+    assert same["precision"] > 0.5 and same["recall"] > 0.5
+    assert collapsed["precision"] > 0.9 and collapsed["recall"] < 0.1 and collapsed["coverage"] < 0.5
+    assert noisy["precision"] < 0.05
+
+
+def test_paired_distance_is_unbiased_for_shared_noise_where_the_plain_one_is_not():
+    g = torch.Generator().manual_seed(0)
+    gaps, plain = [], []
+    for _ in range(200):
+        x = torch.randn(20, 6, generator=g)
+        y = 0.95 * x + (1 - 0.95**2) ** 0.5 * torch.randn(20, 6, generator=g)     # the same law, nearly the same points
+        gaps.append(measures.paired_kid(x, y).value)
+        plain.append(metrics.kid(x, y).value)
+    mean = torch.tensor(gaps).mean().item()
+    assert abs(mean) < 3 * torch.tensor(gaps).std().item() / 200**0.5
+    assert torch.tensor(plain).mean() < -100 < mean                   # the mutation: counting the pairs reads far too low
+    x, y = torch.randn(40, 6, generator=g), 2 + torch.randn(40, 6, generator=g)
+    far = measures.paired_kid(x, y)
+    assert far.low < far.value < far.high and far.value == pytest.approx(metrics.kid(x, y).value, rel=0.1)
+    by_hand = sum(k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i in range(40) for j in range(40) if i != j) / (40 * 39)
+    assert far.value == pytest.approx(1000 * by_hand.item(), rel=1e-5)
+
+
+def k(a, b):
+    return (a.double() @ b.double() / len(a) + 1) ** 3
+
+
+def test_endpoint_error_is_in_units_of_seed_diversity():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 400, 1, 4, 4, generator=g)
+    unit = metrics.diversity(torch.stack([a, b], 1))
+    assert measures.endpoint_error(a, a, unit) == 0 and measures.endpoint_error(a, b, unit) == pytest.approx(1, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------- the board
+def row(steps, kid, sampler="renoise", calls=None, **more):
+    return {"sampler": sampler, "steps": steps, "calls": calls or steps, "kid_efflite0": kid, "kid_low": kid - 1, "kid_high": kid + 1, "kid_teacher": kid,
+            **dict.fromkeys(("precision", "recall", "density", "coverage", "agreement", "diversity"), 0.5), "ode_error": None, **more}
+
+
+JOB = {"training_seconds": 1.0, "training_calls": 2_000_000, "training_steps": 3, "peak_memory_gb": 0.5, "parameters": 10, "trained_parameters": 20,
+       "budget_used": 1.0, "warnings": [], "hardware": "test", "sampler": "renoise", "steps": [1, 2, 4], "slot": None}
+
+
+def entry(who, seed, rows, kind="method", **more):
+    return {"who": who, "kind": kind, "family": "trajectory" if kind == "method" else "", "seed": seed, "job": JOB if kind == "method" else None, "rows": rows, **more}
+
+
+ENTRIES = [entry("teacher", None, [row(50, 100.0, "ode", 100), row(1, 900.0, "ode", 2)], "teacher"), entry("untrained", None, [row(1, 1500.0)], "untrained"),
+           entry("dmd", 0, [row(1, 300.0), row(4, 200.0)]), entry("dmd", 1, [row(1, 340.0), row(4, 240.0)]), entry("dmd", 2, [row(1, 380.0), row(4, 280.0)]),
+           entry("meanflow", 0, [row(1, 500.0), row(4, 450.0, "jump", ode_error=0.25)]), entry("lcm", 0, [], error="error: no images", job=None)]
+FACTS = {"teacher": "fashion", "samples": 200, "time_budget": 120.0, "max_calls": 0, "reference_steps": 50, "flags": "", "hardware": "test", "guidance": 2.0}
+
+
+def test_seeds_are_averaged_with_their_spread():
+    rows = {(r["who"], r["sampler"], r["calls"]): r for r in pages.average(pages.flat(ENTRIES))}
+    assert rows["dmd", "renoise", 1]["kid_efflite0"] == pytest.approx((340, 40)) and rows["dmd", "renoise", 1]["seeds"] == 3
+    assert rows["meanflow", "renoise", 1]["kid_efflite0"] == (500, None)
+    assert [g[0]["who"] for g in pages.by_student(list(rows.values()))] == ["dmd", "meanflow", "untrained", "teacher", "meanflow"]
+
+
+def test_table_is_a_row_per_seed_and_count_and_an_error_is_a_row(tmp_path):
+    import csv
+    pages.table(ENTRIES, tmp_path / "t.csv")
+    rows = list(csv.DictReader(open(tmp_path / "t.csv")))
+    assert len(rows) == 12 and [r["error"] for r in rows if r["who"] == "lcm"] == ["error: no images"]
+    assert {(r["seed"], r["calls"]) for r in rows if r["who"] == "dmd"} == {(s, c) for s in "012" for c in "14"}
+
+
+def test_markdown_and_markers(tmp_path):
+    text = pages.markdown(ENTRIES, FACTS)
+    assert "| dmd | trajectory | renoise | 340 ± 40 |  | 240 ± 40 |  |  |" in text
+    assert "| teacher | baseline | ode |  | 900 |  |  | 100 at 100 |" in text
+    assert "Failed: lcm seed 0: error: no images." in text and "meanflow (jump)" in text and "0.25" in text
+    widths = {line.count("|") for line in text.split("Each where it is best:")[1].splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- leaderboard:begin -->\nold\n<!-- leaderboard:end -->\nafter\n")
+    assert pages.between(page, "leaderboard", pages.short(ENTRIES, FACTS))
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n") and "old" not in page.read_text()
+    assert page.read_text().index("| dmd | 340 ± 40 |  | 240 ± 40 |") < page.read_text().index("| meanflow") < page.read_text().index("| untrained")
+    assert not pages.between(tmp_path / "none.md", "leaderboard", "x")
+
+
+def test_the_readme_has_its_markers():
+    text = (ROOT / "benchmarks/leaderboard/README.md").read_text()
+    assert text.count("<!-- leaderboard:begin -->") == text.count("<!-- leaderboard:end -->") == 1
+
+
+def test_pictures_and_curves_from_a_board(tmp_path):
+    from PIL import Image
+    for e in ENTRIES:
+        for r in e["rows"]:
+            pages.keep_strip(tmp_path, e["who"], r, torch.rand(8, 1, 16, 16) * 2 - 1)
+    one = torch.rand(8, 1, 16, 16) * 2 - 1
+    pages.keep_strip(tmp_path, "dmd", row(1, 0.0), one)
+    assert torch.allclose(pages.read_strip(pages.strip_path(tmp_path, "dmd", "renoise", 1))[:, :1], one, atol=0.01)
+    pages.picture(ENTRIES, tmp_path, tmp_path / "samples.png")
+    assert Image.open(tmp_path / "samples.png").height > 5 * 48
+    before = (tmp_path / "samples.png").read_bytes()
+    pages.strip_path(tmp_path, "dmd", "renoise", 1).unlink()
+    pages.picture(ENTRIES, tmp_path, tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").read_bytes() == before          # a strip is gone: the picture stays
+    rows = [{"step": i, "calls": 10 * i, "student/loss": 1 / i, "warning": "x"} for i in range(1, 200)] + [{"step": 200, "calls": 2000, "student/loss": math.nan}]
+    thin = run.curve(rows)
+    assert len(thin["student/loss"]) == 60 and thin["student/loss"][0] == [1, 10, 1.0] and thin["student/loss"][-1][0] == 199
+    drawn = curves.curves([entry("dmd", s, [], curve=thin) for s in (0, 1)])
+    assert list(drawn) == ["dmd"] and len(drawn["dmd"]["student/loss"]) == 2
+    pytest.importorskip("matplotlib")
+    curves.draw(drawn, tmp_path / "curves.png")
+    assert pages.plot(ENTRIES, FACTS, tmp_path / "plot.png") and (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_why_a_script_failed_is_one_line():
+    assert run.reason("noise\nerror: no images: set X\ntrailing\n", 2) == "error: no images: set X"
+    assert run.reason("Traceback\n  File\nValueError: no\n", 1) == "ValueError: no"
+    assert "memory" in run.reason("", -signal.SIGKILL)
+
+
+def test_a_student_is_measured_where_its_contract_serves_it():
+    assert run.variants(JOB) == [("renoise", 1), ("renoise", 2), ("renoise", 4)]
+    assert run.variants(JOB | {"sampler": "ode", "steps": [3, 8]}) == [("ode", 8)]
+    assert run.variants(JOB | {"slot": "r"})[3:] == [("jump", 2), ("jump", 4)]
+    assert run.variants(JOB | {"slot": "r", "sampler": "jump"})[0] == ("renoise", 1)
+
+
+class Still:
+    """A world whose samples and measures cost nothing."""
+    per_step = 2
+
+    def __init__(self, work):
+        self.work = work
+
+    def measure(self, images, deterministic):
+        return {"kid_efflite0": images.mean().item()}
+
+
+def board(tmp_path, **options):
+    cfg = run.settle(run.Config(samples=20, results=str(tmp_path / "board"), work=str(tmp_path / "work"), **options))
+    return cfg, run.Board(cfg)
+
+
+def test_rows_that_are_there_are_not_repeated_and_errors_are_rows(tmp_path, monkeypatch):
+    cfg, b = board(tmp_path, methods=("dmd", "lcm"), seeds=(0,))
+    trained, drawn = [], []
+    def train(cfg, name, seed):
+        trained.append(name)
+        if name == "lcm":
+            raise run.Failed("error: no images")
+        (tmp_path / "work" / f"{name}-seed{seed}" / "student").mkdir(parents=True, exist_ok=True)
+        return dict(JOB), {"student/loss": [[1, 10, 0.5]]}
+    def images(world, folder, sampler, steps):
+        drawn.append(steps)
+        if steps == broken:
+            raise ValueError("bad knots")
+        if steps == killed:
+            raise KeyboardInterrupt
+        return torch.full((8, 1, 4, 4), 1.0 / steps)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "student", images)
+    Still.images = lambda self, draw: draw
+    world = lambda: Still(tmp_path / "work")
+    broken, killed = 0, 2
+    with pytest.raises(KeyboardInterrupt):                            # killed in the middle of the second row
+        run.method(cfg, b, world, "dmd", 0)
+    broken, killed = 4, 0
+    run.method(cfg, b, world, "dmd", 0)
+    assert trained == ["dmd"] and drawn == [1, 2, 2, 4]               # the first row was kept, and so was the training
+    run.method(cfg, b, world, "dmd", 0)
+    run.method(cfg, b, world, "lcm", 0)
+    run.method(cfg, b, world, "lcm", 0)
+    assert trained == ["dmd", "lcm"] and drawn == [1, 2, 2, 4]
+    rows = {e["who"]: e for e in b.entries()}
+    assert rows["lcm"]["error"] == "error: no images" and rows["lcm"]["rows"] == []
+    assert [r.get("error") for r in rows["dmd"]["rows"]] == [None, None, "ValueError: bad knots"]
+    broken = 0
+    run.method(dataclasses.replace(cfg, retry=True), b, world, "dmd", 0)
+    assert drawn[-1] == 4 and all("error" not in r for r in b.load("dmd", "method", seed=0)["rows"]) and trained == ["dmd", "lcm"]
+
+
+def test_a_board_holds_one_comparison(tmp_path):
+    board(tmp_path)
+    with pytest.raises(UserError, match=r"samples: 20 -> 40.*--results"):
+        run.Board(run.settle(run.Config(samples=40, results=str(tmp_path / "board"))))
+    for options, word in (({"teacher": "toy"}, "fashion and emoji"), ({"samples": 33}, "multiple of 10"), ({"methods": ("dmdd",)}, "did you mean")):
+        with pytest.raises(UserError, match=word):
+            run.settle(run.Config(**options))
+
+
+def test_methods_are_the_image_methods_with_a_script():
+    names = run.settle(run.Config(results="x", work="y")).methods
+    assert {"dmd", "lcm", "meanflow"} <= set(names) and all(registry.method(n).modality == "image" for n in names)
+
+
+def test_every_method_trains_under_one_budget():
+    cfg = run.settle(run.Config(max_calls=5000, flags="--batch 8", results="x", work="y"))
+    words = run.command(cfg, "dmd", 1, Path("out"))
+    at = lambda flag: words[words.index(flag) + 1]
+    assert (at("--max_calls"), at("--time_budget"), at("--seed"), at("--batch"), at("--export")) == ("5000", "0.0", "1", "8", "last")
+
+
+@pytest.mark.slow
+def test_a_killed_training_continues(tmp_path, monkeypatch):
+    """SIGKILL of the leaderboard: its child saves and stops; the same call goes on from there, and the cost is that of one run."""
+    flags = "--teacher toy --steps 100000 --log_every 1 --checkpoint_every 100000"
+    code = ("import sys, runpy; sys.argv = ['x']\n"
+            f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'benchmarks/leaderboard')!r}]\n"
+            f"import run; cfg = run.settle(run.Config(max_calls=10**9, flags={flags!r}, measure_every=0, results='x', work={str(tmp_path)!r}))\n"
+            "run.train(cfg, 'lcm', 0)")
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log, saved = tmp_path / "lcm-seed0" / "metrics.jsonl", tmp_path / "lcm-seed0" / "checkpoints"
+    deadline = time.time() + 60
+    while not (log.exists() and log.read_text().count("\n") > 20):
+        assert parent.poll() is None and time.time() < deadline, parent.stderr.read()[-2000:]
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    if run.LIBC is None:
+        pytest.skip("the child of a killed process is told only on Linux")
+    while not list(saved.glob("step-*")):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    step = int(list(saved.glob("step-*"))[0].name[5:])
+    per_step = 32 * (BY_HAND["lcm"] - 1)
+    monkeypatch.setattr(run, "load_file", lambda path: {})            # the toy has no unet folder
+    cfg = run.settle(run.Config(max_calls=(step + 5) * per_step, flags=flags, measure_every=0, results="x", work=str(tmp_path)))
+    job, curve = run.train(cfg, "lcm", 0)
+    assert job["training_steps"] == step + 5 and job["training_calls"] == (step + 5) * per_step and job["budget_used"] == 1
+    assert [p[0] for p in curve["student/loss"]] == sorted(p[0] for p in curve["student/loss"]) and job["steps"] == [1, 2, 4]
+
+
+def test_the_guard_speaks_of_every_problem():
+    good = [entry("dmd", 0, [row(1, 300.0)]), entry("untrained", None, [row(1, 900.0)], "untrained"), entry("teacher", None, [row(1, 200.0, "ode", 2)], "teacher")]
+    run.check(good, ("dmd",))
+    for bad, word in ((entry("dmd", 0, [row(1, 950.0)]), "950"), (entry("dmd", 0, [row(1, 300.0, recall=math.nan)]), "recall is nan"),
+                      (entry("dmd", 0, [], error="error: x"), "error: x"), (entry("dmd", 0, [row(2, 300.0)]), "not measured at one step")):
+        with pytest.raises(SystemExit, match=word):
+            run.check([bad, *good[1:]], ("dmd",))
+
+
+@pytest.mark.slow
+def test_quick_two_methods_beat_the_untrained_student(tmp_path):
+    """Calls, not seconds, so that a slow machine trains as far as a fast one."""
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/leaderboard/run.py"), "--quick", "--results", str(tmp_path / "board"), "--work", str(tmp_path / "work")],
+                          capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, timeout=1800)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    rows = (tmp_path / "board" / "leaderboard.csv").read_text().splitlines()
+    assert {r.split(",")[0] for r in rows[1:]} == {"teacher", "untrained", "dpmsolver++", "unipc", "dmd", "lcm"}
+    assert (tmp_path / "board" / "samples.png").exists() and "| dmd |" in (tmp_path / "board" / "table.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- docs/symptoms.md
+def test_symptoms_name_every_warning_and_only_flags_that_exist():
+    page = (ROOT / "docs" / "symptoms.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (.*)$", page, re.M)
+    for name in health.REMEDIES:
+        assert sum(f"`{name}`" in s for s in sections) == 1, name        # one section is about it
+    named = {n for s in sections for n in re.findall(r"`([^`]+)`", s)}
+    assert named <= set(health.REMEDIES), named - set(health.REMEDIES)   # and none about a warning that is no more
+    known = {f.name for f in dataclasses.fields(RunConfig)}
+    for m in registry.METHODS:
+        if m.path.is_file():
+            known |= {f.name for f in dataclasses.fields(importlib.import_module(m.path.stem).Config)}
+    flags = set(re.findall(r"--(\w+)", page))
+    assert flags and flags <= known, flags - known
+    anchors = {re.sub(r"[^\w -]", "", s.lower()).replace(" ", "-") for s in sections}
+    links = set(re.findall(r"\]\(#([^)]*)\)", page))
+    assert links and links <= anchors, links - anchors
+    assert page.count("<!-- curves:begin -->") == page.count("<!-- curves:end -->") == 1
