@@ -180,6 +180,7 @@ def main(cfg: Config) -> None:
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
             mean, count = 0.0, 0
+            store(seconds)
     store(seconds)
     print(f"{sum(p.numel() for p in params.values()):,} parameters, {step} steps, {seconds:.0f} s, held out {held_out():.3f} bits per character, saved to {cfg.out}")
 

@@ -18,8 +18,10 @@ enter as a_k = p_k v_k alone, and with phi_k the mean of gamma_k^(t_s - t) over 
         v(t) = u + sum_{k>1} a_k (gamma_k^(t_s - t) - phi_k),
 the same policies in another basis. The network's ordinary output is u, a head on its last layer gives a_2 .. a_K (zero at start:
 the first student is the teacher's Euler step), and the exported student is the ordinary network alone, sampled by Euler (DDIM)
-steps in any stock pipeline, exactly, for the one number of steps it was trained for. One segment per update, not the whole chain;
-the times of a segment are uniform in flow time without a shift; no component dropout; the loss is not scaled by 30.
+steps in any stock pipeline, exactly, for the one number of steps it was trained for. One segment per update, not the whole chain,
+started where the student's own steps end (in the official code where the mixed walk through the segment before ended); times are
+uniform in flow time without a shift; no component dropout; the loss is not scaled by 30. The default is the quick start, 2 states
+and a short warm-up; the recipe has the official numbers.
 
     accelerate launch train_scripts/train_arcflow.py                                   # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_arcflow.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --lora 256 --data prompts.txt
@@ -41,16 +43,17 @@ from zoo.run import Run, RunConfig, cli
 class Config(RunConfig):
     method: ClassVar[str] = "arcflow"
     recipes: ClassVar[dict] = {
-        "qwen-image": dict(source="official configs/qwen/arcqwen_2nfe_k16.py (2 steps, K = 16, 4 states, teacher scale 4, LoRA 256, rate 1e-4)", lr=1e-4,
-                           lora=256, guidance=4.0, components=16, states=4, teacher_steps=1000, student_times=(1.0, 0.5), time_budget=0.0, steps=15_000),
+        "qwen-image": dict(source="official configs/qwen: README (4 GPUs x 4 images), arcqwen_2nfe_k16.py (2 steps, K = 16, 4 states, scale 4, LoRA 256)",
+                           batch=16, lr=1e-4, lora=256, guidance=4.0, components=16, states=4, teacher_steps=1000, student_times=(1.0, 0.5),
+                           time_budget=0.0, steps=15_000),
     }
     steps: int = 2000
     time_budget: float = 150.0
     lr: float = 2e-4
     components: int = 16                   # K
-    states: int = 4                        # J, teacher calls per segment
+    states: int = 2                        # J, teacher calls per segment (the paper's is 4)
     window: float = 3 / 128                # length of flow time over which the policy's velocity is compared
-    teacher_steps: int = 200               # updates over which rho falls from 1 to 0
+    teacher_steps: int = 50                # updates over which rho falls from 1 to 0 (the paper's is 1000 of 15,000)
     student_times: tuple[float, ...] = (1.0, 0.5)      # starts of the segments; the student serves this number of steps only
 
 
@@ -106,7 +109,7 @@ def intervals(student, teacher, length, rho):
 
 
 def imitation(policy, velocity, x, stretches, window):
-    """Sum over J states of |mean policy velocity - teacher velocity|^2, the states visited by policy and teacher in turn."""
+    """Mean over J states of |mean policy velocity - teacher velocity|^2, the states visited by policy and teacher in turn."""
     constant = [p.detach() for p in policy]
     t, terms = policy[3], []
     for mine, teachers in zip(*(s.unbind(1) for s in stretches)):

@@ -48,7 +48,7 @@ class Config(RunConfig):
     critic_lr: float = 4e-4
     critic_updates: int = 2                # per student update
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)    # 1.0 alone trains a one-step student
-    tell_critic: bool = True               # the critic is given the student time its sample was made at
+    tell_critic: bool = True               # the critic is given the student time its sample was made at, where the network takes a second scalar
     t_min: float = 0.02                    # range of the renoising times; the spear's ends at the student time
     t_max: float = 0.98
 
@@ -76,9 +76,10 @@ def main(cfg: Config) -> Run:
     model = backbones.load(cfg.teacher, cfg.data, cfg.guidance)
     run = Run(cfg, model)
     real, process = model.teacher, model.process
+    tell = cfg.tell_critic and model.takes_second_scalar
     G = run.train("student", model.make("student", lora=cfg.lora, init=cfg.init_student,
                                         gradient_checkpointing=cfg.gradient_checkpointing), cfg.lr)
-    fake = run.train("critic", model.make("critic", lora=cfg.lora, two_time=cfg.tell_critic,
+    fake = run.train("critic", model.make("critic", lora=cfg.lora, two_time=tell,
                                           gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
     data = model.batches()
     knots = torch.tensor(cfg.student_times) * process.t_max
@@ -93,7 +94,7 @@ def main(cfg: Config) -> Run:
         with torch.no_grad():
             x = G(z, s, batch.cond)
         t = batch.rand().clamp(min=1e-3) * process.t_max
-        loss = critics.denoising(fake, x, batch.randn(), t, batch.cond, s if cfg.tell_critic else None)
+        loss = critics.denoising(fake, x, batch.randn(), t, batch.cond, s if tell else None)
         return {"loss": loss, "denoising": loss}
 
     def student_loss(batch):
@@ -101,7 +102,7 @@ def main(cfg: Config) -> Run:
         x = G(z, s, batch.cond)
         low, high = cfg.t_min * process.t_max, cfg.t_max * process.t_max
         t = times.uniform(batch.rand(), low, high)
-        direction, health = matching(x, process.noise(x, batch.randn(), t), t, batch.cond, real, fake, s if cfg.tell_critic else None)
+        direction, health = matching(x, process.noise(x, batch.randn(), t), t, batch.cond, real, fake, s if tell else None)
         if model.guidance != 1:
             r = times.uniform(batch.rand(), low, s.clamp(max=high))
             direction = direction + augmentation(x, process.noise(x, batch.randn(), r), r, batch.cond, batch.uncond, real, model.guidance)

@@ -48,7 +48,7 @@ class Config(RunConfig):
     gan: float = 0.0                       # weight of the student's GAN loss, Sec. 4.3; > 0 needs images
     gan_critic: float = 1e-2               # weight of the discriminator loss beside the denoising loss
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)    # Sec. 4.4; 1.0 alone trains a one-step student
-    tell_critic: bool = True               # the critic is given the student time its sample was made at
+    tell_critic: bool = True               # the critic is given the student time its sample was made at, where the network takes a second scalar
     t_min: float = 0.02                    # range of the student's renoising times
     t_max: float = 0.98
 
@@ -68,9 +68,10 @@ def main(cfg: Config) -> Run:
     model = backbones.load(cfg.teacher, cfg.data, cfg.guidance)
     run = Run(cfg, model)
     real, process = model.teacher, model.process
+    tell = cfg.tell_critic and model.takes_second_scalar
     G = run.train("student", model.make("student", lora=cfg.lora, init=cfg.init_student,
                                         gradient_checkpointing=cfg.gradient_checkpointing), cfg.lr)
-    fake = run.train("critic", model.make("critic", lora=cfg.lora, head=cfg.gan > 0, two_time=cfg.tell_critic,
+    fake = run.train("critic", model.make("critic", lora=cfg.lora, head=cfg.gan > 0, two_time=tell,
                                           gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
     data = model.batches(images=cfg.gan > 0)
     knots = torch.tensor(cfg.student_times) * process.t_max
@@ -88,7 +89,7 @@ def main(cfg: Config) -> Run:
         z, at = student_input(batch)
         with torch.no_grad():
             x = G(z, at, batch.cond)
-        at = at if cfg.tell_critic else None
+        at = at if tell else None
         t = batch.rand().clamp(min=1e-3) * process.t_max
         loss = denoise = critics.denoising(fake, x, batch.randn(), t, batch.cond, at)
         if cfg.gan:
@@ -102,7 +103,7 @@ def main(cfg: Config) -> Run:
     def student_loss(batch):
         z, at = student_input(batch)
         x = G(z, at, batch.cond)
-        at = at if cfg.tell_critic else None
+        at = at if tell else None
         x_t, t = renoised(batch, x)
         direction, health = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance, at)
         loss = losses.along(x, direction)

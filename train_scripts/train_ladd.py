@@ -51,13 +51,14 @@ class Config(RunConfig):
     lr: float = 2e-4
     betas: tuple[float, float] = (0.0, 0.99)
     critic_lr: float = 4e-4
-    adversarial: Literal["hinge", "softplus"] = "hinge"
-    r1: float = 0.1                        # gamma of the approximate R1 term
+    adversarial: Literal["softplus", "hinge"] = "softplus"
+    r1: float = 1.0                        # gamma of the approximate R1 term
     r1_noise: float = 0.1                  # a
     mean: float = 1.0                      # m, std: logit-normal of the discriminator's flow time; lower looks at texture, higher at layout
     std: float = 1.0
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     time_weights: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)       # how often each is drawn
+    tell_critic: bool = True               # the heads are told the student time a sample was made at
     easy_steps: int = 50                   # for the first steps only the later half of the times
     synthetic: int = 0                     # train on so many stored samples of the guided teacher instead of images
     synthetic_steps: int = 25              # sampling steps of each
@@ -86,8 +87,7 @@ def main(cfg: Config) -> Run:
     process, knots = model.process, torch.tensor(cfg.student_times) * model.process.t_max
     G = run.train("student", model.make("student", lora=cfg.lora, init=cfg.init_student, gradient_checkpointing=cfg.gradient_checkpointing,
                                         frozen=CONVOLUTIONS if cfg.freeze_convolutions else ""), cfg.lr)
-    D = run.train("critic", model.discriminator(), cfg.critic_lr)
-    judge = D.net.judge
+    D = run.train("critic", model.discriminator(cfg.tell_critic), cfg.critic_lr)
     run.watch(G, knots)
     data = stored(run, model.teacher, cfg.synthetic, cfg.synthetic_steps, model.guidance) if cfg.synthetic else model.batches(images=True)
     late = [w * (k >= len(knots) // 2) for k, w in enumerate(cfg.time_weights)]
@@ -95,27 +95,27 @@ def main(cfg: Config) -> Run:
 
     def sample(batch):
         s = knots.to(batch.x0)[chosen(batch.rand(), late if run.step < cfg.easy_steps else cfg.time_weights)]
-        return G(process.noise(batch.x0, batch.randn(), s), s, batch.cond)
+        return G(process.noise(batch.x0, batch.randn(), s), s, batch.cond), s
 
-    def noising(batch):
-        flow = RectifiedFlow()
-        t = process.time(flow.angle(times.logit_normal(batch.rand(), cfg.mean, cfg.std))).clamp(max=process.t_max)
-        eps = batch.randn()
-        return lambda x: process.noise(x, eps, t), t
+    def judging(batch, s):
+        """D of clean samples (moved by `shift` when noised), all of one batch at the same times and noise."""
+        t = process.time(RectifiedFlow().angle(times.logit_normal(batch.rand(), cfg.mean, cfg.std))).clamp(max=process.t_max)
+        eps, at = batch.randn(), s if cfg.tell_critic else None
+        return lambda x, shift=0: D.net.judge(process.noise(x, eps, t) + shift, t, batch.cond, at)
 
     def critic_loss(batch):
         with torch.no_grad():
-            x = sample(batch)
-        noised, t = noising(batch)
-        real, fake = judge(y_t := noised(batch.x0), t, batch.cond), judge(noised(x), t, batch.cond)
+            x, s = sample(batch)
+        judge = judging(batch, s)
+        real, fake = judge(batch.x0), judge(x)
         loss = adversarial = adversarial_loss(for_critic, real, fake)
         if cfg.r1:
-            loss = loss + cfg.r1 * approximate_r1(real, judge(y_t + cfg.r1_noise * batch.randn(), t, batch.cond))
+            loss = loss + cfg.r1 * approximate_r1(real, judge(batch.x0, cfg.r1_noise * batch.randn()))
         return {"loss": loss, "adversarial": adversarial, "real": real[-1].mean(), "fake": fake[-1].mean()}
 
     def student_loss(batch):
-        noised, t = noising(batch)
-        return {"loss": adversarial_loss(for_student, judge(noised(sample(batch)), t, batch.cond))}
+        x, s = sample(batch)
+        return {"loss": adversarial_loss(for_student, judging(batch, s)(x))}
 
     for _ in run.loop():
         run.minimize(D, critic_loss, data)

@@ -37,8 +37,9 @@ from zoo.run import Run, RunConfig, cli
 class Config(RunConfig):
     method: ClassVar[str] = "reflow"
     recipes: ClassVar[dict] = {
-        "cifar10": dict(source="Liu et al. 2022, official configuration (batch 128, Adam 2e-4, warm-up 5000, 300K updates, 1M pairs; RK45 took 127 calls)",
-                        batch=128, lr=2e-4, steps=300_000, warmup=5000, ema=0.999999, pairs=1_000_000, pair_steps=127, metric="mse", u_shape=0.0, time_budget=0.0),
+        "cifar10": dict(source="Liu et al. 2022, official configuration (batch 128, Adam 2e-4, warm-up 5000, 300K updates, 1M pairs; 127 calls of RK45)",
+                        batch=128, lr=2e-4, steps=300_000, warmup=5000, ema=0.999999, pairs=1_000_000, pair_steps=127, metric="mse", u_shape=0.0,
+                        time_budget=0.0),
         "cifar10-rf++": dict(source="Lee et al. 2024, official code (batch 512, lr 2e-4, 800K updates, 1M pairs of 18 Heun steps, U-shaped times, LPIPS-Huber)",
                              batch=512, lr=2e-4, steps=800_000, ema=0.9999, pairs=1_000_000, pair_steps=35, perceptual=1.0, time_budget=0.0),
     }

@@ -114,7 +114,8 @@ def main(cfg: Config) -> Run:
     process, data, m = model.process, model.batches(), cfg.substeps
     where = lambda step: rounds(step, cfg.first, cfg.last, cfg.round_steps, m)
     if m < 2 or cfg.last < 1 or cfg.first not in {cfg.last * m**i for i in range(20)}:
-        raise UserError(f"--first {cfg.first} does not come down to --last {cfg.last} in divisions by --substeps {m}: make it 1, {m}, {m * m}, ... times as large")
+        raise UserError(f"--first {cfg.first} does not come down to --last {cfg.last} in divisions by --substeps {m}: "
+                        f"make it 1, {m}, {m * m}, ... times as large")
     run = Run(cfg, model)
     q = run.train("student", model.make("student", lora=cfg.lora, init=cfg.init_student, gradient_checkpointing=cfg.gradient_checkpointing), cfg.lr)
     p = run.train("round_teacher", model.make("round_teacher", lora=cfg.lora), 0.0)      # never minimised; a trainee, so that checkpoints hold it

@@ -32,9 +32,7 @@ from zoo.run import Run, RunConfig, cli
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "split_meanflow"
-    recipes: ClassVar[dict] = {
-        "speech": dict(source="Guo et al. 2025, text-to-speech (half of the pairs on the boundary)", equal=0.5, time_budget=0.0),
-    }
+    recipes: ClassVar[dict] = {}           # the paper's batch, rate and length are not published
     steps: int = 2000
     time_budget: float = 150.0
     lr: float = 2e-4

@@ -30,29 +30,39 @@ class GanHead(nn.Module):
 
 
 class PatchHead(nn.Module):
-    """Logits [B, positions] of a feature map [B, C, H, W], one per position (LADD); of a vector [B, C] or tokens [B, N, C] likewise."""
+    """Logits [B, positions] of a feature map [B, C, H, W], one per position (LADD); of a vector [B, C] or tokens [B, N, C] likewise.
 
-    def __init__(self, channels: int, flat: bool, width: int = 128):
+    told: width of an embedding [B, told] it is given besides (0: none)."""
+
+    def __init__(self, channels: int, flat: bool, told: int = 0, width: int = 128):
         super().__init__()
         if flat:
-            self.net = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+            self.first = nn.Linear(channels, width)
+            self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
         else:
-            block = lambda inner, side: [nn.Conv2d(inner, width, side, padding=side // 2), nn.GroupNorm(min(32, width // 4), width), nn.SiLU()]
-            self.net = nn.Sequential(*block(channels, 1), *block(width, 3), nn.Conv2d(width, 1, 1))
+            norm = lambda: nn.GroupNorm(min(32, width // 4), width)
+            self.first = nn.Conv2d(channels, width, 1)
+            self.rest = nn.Sequential(norm(), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), norm(), nn.SiLU(), nn.Conv2d(width, 1, 1))
+        self.tell = nn.Linear(told, width) if told else None
+        self.flat = flat
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.net(features.float()).flatten(1)
+    def forward(self, features: Tensor, told: Tensor | None = None) -> Tensor:
+        h = self.first(features.float())
+        if self.tell is not None:
+            e = self.tell(told.float())
+            h = h + e.reshape(e.shape[:1] + (1,) * (h.ndim - 2) + e.shape[1:] if self.flat else e.shape + (1,) * (h.ndim - 2))
+        return self.rest(h).flatten(1)
 
 
 class Heads(nn.Module):
     """One PatchHead per tapped feature: a list of features to a list of logits [B, positions]. shapes: one feature's, without the batch."""
 
-    def __init__(self, shapes: list[tuple[int, ...]]):
+    def __init__(self, shapes: list[tuple[int, ...]], told: int = 0):
         super().__init__()
-        self.each = nn.ModuleList(PatchHead(s[0] if len(s) == 3 else s[-1], flat=len(s) < 3) for s in shapes)
+        self.each = nn.ModuleList(PatchHead(s[0] if len(s) == 3 else s[-1], len(s) < 3, told) for s in shapes)
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [head(f) for head, f in zip(self.each, features, strict=True)]
+    def forward(self, features: list[Tensor], told: Tensor | None = None) -> list[Tensor]:
+        return [head(f, told) for head, f in zip(self.each, features, strict=True)]
 
 
 def denoising(fake, x: Tensor, eps: Tensor, t: Tensor, cond: dict, r: Tensor | None = None) -> Tensor:

@@ -199,8 +199,9 @@ class Denoiser:
         features, self._tapped = self._tapped[-1], None
         return out, self.head(features)
 
-    def judge(self, x: Tensor, t: Tensor, cond: dict) -> list[Tensor]:
-        """Logits [B, positions] of a head of several depths, one tensor per tap. The network is left after the last tap."""
+    def judge(self, x: Tensor, t: Tensor, cond: dict, at: Tensor | None = None) -> list[Tensor]:
+        """Logits [B, positions] of a head of several depths, one tensor per tap; at [B]: a number the head is told, where it listens to
+        one. The network is left after the last tap."""
         self._tapped, self._enough = [], len(self.taps)
         try:
             with role_active(self.module, self.role):
@@ -209,7 +210,7 @@ class Denoiser:
             pass
         features, self._tapped, self._enough = self._tapped, None, math.inf
         CALLS.add(features[-1])
-        return self.head(features)
+        return self.head(features, None if at is None else scalar_embedding(at))
 
     def _raw(self, *args):
         if self.weights is None:

@@ -12,7 +12,7 @@ from . import tokens
 from .health import Health
 from .watch import Watcher
 
-SAMPLES = {"text": 64, "toy-text": 2048}
+SAMPLES = {"text": 128, "toy-text": 2048}
 SHOWN = 4
 ELEMENTS = 2**27          # of one table of log-probabilities while sampling
 

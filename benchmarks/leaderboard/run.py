@@ -85,8 +85,9 @@ def settle(cfg: Config) -> Config:
     budget = f"{cfg.max_calls / 1e6:g}Mcalls" if cfg.max_calls else f"{cfg.time_budget:g}s"
     name = f"{cfg.teacher}-{budget}"
     parent = Path(tempfile.mkdtemp()) if cfg.quick else None
+    results, work = cfg.results or (parent or HERE) / name, cfg.work or (parent / "runs" if parent else ROOT / "outputs/leaderboard" / name)
     return replace(cfg, methods=cfg.methods or tuple(rows), time_budget=0.0 if cfg.max_calls else cfg.time_budget,
-                   results=cfg.results or str((parent or HERE) / name), work=cfg.work or str((parent or ROOT / "outputs/leaderboard") / f"{name}{'-runs' * bool(parent)}"))
+                   results=str(Path(results).resolve()), work=str(Path(work).resolve()))
 
 
 # ------------------------------------------------------------------------------------------------------- what is on disk
@@ -406,11 +407,15 @@ def method(cfg: Config, board: Board, world, name: str, seed: int):
         return
     if not entry["job"] or not folder.exists():
         print(f"training {name}, seed {seed}", flush=True)
+        if entry.pop("error", None):                  # what failed starts afresh
+            shutil.rmtree(folder.parent, ignore_errors=True)
         try:
             entry["job"], entry["curve"] = train(cfg, name, seed)
-            entry.pop("error", None)
         except Failed as error:
             entry["error"] = str(error)
+        except Exception as error:
+            traceback.print_exc()
+            entry["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         board.save(entry)
         if "error" in entry:
             print(f"{name}, seed {seed} failed: {entry['error']}", flush=True)

@@ -1,7 +1,7 @@
 """Evaluate the saved emoji teacher on 40 fixed prompts with the stock pipeline.
 
     python benchmarks/teacher/evaluate.py                   # figures of results.json and grid.png
-    python benchmarks/teacher/evaluate.py --scan            # also guidance 2, 4, 5
+    python benchmarks/teacher/evaluate.py --scan            # also guidance 1, 1.5, 3, 5, 7.5
     python benchmarks/teacher/evaluate.py --group smileys   # 40 prompts of one group, results_smileys.json
     python benchmarks/teacher/evaluate.py --draw            # writes prompts.txt (once, before any training)
 
@@ -35,7 +35,7 @@ class Config:
     teacher: Path = Path("zoo/assets/emoji/teacher")
     data: Path = Path("zoo/assets/emoji/emoji.parquet")
     steps: int = 50
-    guidance: float = 3.0
+    guidance: float = 2.0
     seed: int = 0
     scan: bool = False
     draw: bool = False
@@ -127,7 +127,7 @@ def main(cfg: Config) -> None:
     results["reconstruction"] = score(decoded, prompts, data, columns)["all"]
     if cfg.scan:
         results["guidance_scan"] = {}
-        for w in (2.0, 4.0, 5.0):
+        for w in (1.0, 1.5, 3.0, 5.0, 7.5):
             figures = score(sample(pipe, prompts, cfg, w), prompts, data, columns)
             results["guidance_scan"][str(w)] = figures["all"]
     heldout = [columns["split"][i] == "heldout" for i in picked]

@@ -61,15 +61,16 @@ def test_phi_is_smooth_at_zero():
     assert (slope - (0.5 + z / 3 + z**2 / 8)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("t_s,t_e", [(1.0, 0.5), (0.5, 0.0)])
-def test_two_components_follow_a_gaussian(t_s, t_e):
+@pytest.mark.parametrize("t_s,t_e,start", [(1.0, 0.5, 0.5), (0.5, 0.0, -0.5)])
+def test_two_components_follow_a_gaussian(t_s, t_e, start):
     """Reference: K = 2 fits the teacher's velocity along its path with residual < 1e-3. So it does (mean square 7e-7 and 1e-4) on both
-    halves of the flow, found by imitation; over the whole flow the best K = 2 leaves 2e-3, and a constant .03 and .11 on the halves."""
+    halves of the flow, found by imitation; over the whole flow the best K = 2 leaves 2e-3, and a constant .03 and .11 on the halves. The momentum starts on its side of 1, which it cannot cross (at gamma = 1 its
+    amplitude has no effect): one reason for K = 16 spread over both sides."""
     n = 512
     g = torch.Generator().manual_seed(0)
     t, r = (torch.full((n,), s, **F64) for s in (t_s, t_e))
     x = WORLD.flow_map(torch.randn(n, 1, generator=g, **F64), torch.ones(n, **F64), t) if t_s < 1 else torch.randn(n, 1, generator=g, **F64)
-    weights = [torch.zeros(2, 2, **F64).requires_grad_(), torch.tensor([0.3], **F64).requires_grad_()]
+    weights = [torch.zeros(2, 2, **F64).requires_grad_(), torch.tensor([start], **F64).requires_grad_()]
     optimizer = torch.optim.Adam(weights, lr=0.05)
     velocity = lambda x, t: WORLD(x, t, {}, to="velocity")
     def make():
@@ -130,8 +131,8 @@ def distance(teacher, run):
 
 
 def test_learns_in_two_steps(teacher, tmp_path):
-    """From .078 (untrained: the teacher's Euler steps) to below .03; the student serves two steps and no other number."""
-    assert distance(teacher, trained(teacher, tmp_path / "start", steps=1)) > 0.07
+    """From .084 (untrained: the teacher's Euler steps) to .014; the student serves two steps and no other number."""
+    assert distance(teacher, trained(teacher, tmp_path / "start", steps=1, lr=0.0)) > 0.075
     run = trained(teacher, tmp_path / "run", steps=400)
     assert distance(teacher, run) < 0.03
     assert list(run.watcher.contract.knots) == [2] and run.watcher.contract.sampler == "ode"

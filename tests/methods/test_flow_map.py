@@ -107,11 +107,11 @@ def trained(teacher, folder, **more):
 
 @pytest.mark.parametrize("objective", ["lsd", *(pytest.param(o, marks=pytest.mark.slow) for o in ("esd", "psd"))])
 def test_learns_the_map(teacher, tmp_path, objective):
-    """One step from .077 (untrained: the teacher's Euler step) to below .05, two steps from .080 to below .04."""
-    start = trained(teacher, tmp_path / "start", objective=objective, steps=1)
-    assert distance(teacher, start, 1) > 0.07 and distance(teacher, start, 2) > 0.07
+    """One step from .071 (untrained: the teacher's Euler step) to .038, .034, .031 (lsd, esd, psd); two steps from .084 to .018, .034, .018."""
+    start = trained(teacher, tmp_path / "start", objective=objective, steps=1, lr=0.0)
+    assert distance(teacher, start, 1) > 0.065 and distance(teacher, start, 2) > 0.075
     run = trained(teacher, tmp_path / "run", objective=objective, steps=400)
-    assert distance(teacher, run, 1) < 0.05 and distance(teacher, run, 2) < 0.04
+    assert distance(teacher, run, 1) < 0.045 and distance(teacher, run, 2) < 0.04
 
 
 def test_self_distillation_never_asks_the_teacher(teacher, tmp_path, monkeypatch):

@@ -45,8 +45,9 @@ def test_heads_read_the_frozen_teacher_and_own_only_themselves(tiny, family, dep
     x.requires_grad_()
     for p in D.trainable().values():                          # as in the student's turn
         p.requires_grad_(False)
+    model.module.zero_grad()
     script.adversarial_loss(critics.hinge_generator, D.judge(x, t, cond)).backward()
-    assert x.grad.abs().min() >= 0 and x.grad.abs().max() > 0  # through the teacher to the sample
+    assert x.grad.abs().max() > 0                             # through the teacher to the sample
     assert all(p.grad is None for p in model.module.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.module.named_parameters() if n in before)
 

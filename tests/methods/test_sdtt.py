@@ -242,10 +242,10 @@ def test_the_students_exact_law_comes_closer_to_the_chain(tmp_path, target):
 
 
 def test_forward_kl_teaches_nothing(tmp_path):
-    """The mutation of the test above: under the forward KL the student's few-step law stays the teacher's."""
-    run = run_toy(tmp_path / "run", divergence="forward", steps=120, round_steps=40)
+    """The mutation of the test above: under the forward KL the student's few-step law stays the teacher's, up to the noise of training."""
+    run = run_toy(tmp_path / "run", divergence="forward")
     after = divergences(sampler_law(run.watcher.net, knots(8), 3, 5), run.model.chain.law())
-    assert abs(after["tv"] - 0.1433) < 0.01 and abs(after["reverse_kl"] - 0.0756) < 0.01
+    assert after["tv"] > 0.12 and after["reverse_kl"] > 0.06, after
 
 
 def test_copies_of_length_eight_become_valid(tmp_path):

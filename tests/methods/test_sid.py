@@ -157,11 +157,15 @@ def distance(net, model, knots, n=2000):
 
 
 def test_converges_on_the_toy(ring, tmp_path):
-    cfg = script.Config(teacher=ring, steps=300, batch=128, lr=1e-3, critic_lr=2e-3, output_dir=str(tmp_path / "run"), **QUICK)
+    """Sliced Wasserstein distance to the ring with one and with four steps. Student rates near the critic's do not converge here
+    (1e-3 beside 2e-3, two critic updates: .77 and .74 after 300 steps), so this is at a fifth with four updates, as by default."""
+    cfg = script.Config(teacher=ring, steps=250, batch=128, lr=2e-4, critic_lr=1e-3, output_dir=str(tmp_path / "run"), **QUICK)
     run = script.main(cfg)
-    fresh, student = ring.make("fresh"), run.watcher.net
-    result = {k: (distance(fresh, ring, k), distance(student, ring, k)) for k in ((1.0,), (1.0, 0.75, 0.5, 0.25))}
-    print(result)
+    assert cfg.critic_updates == 4 and cfg.lr / cfg.critic_lr == script.Config.lr / script.Config.critic_lr
+    before, after = ([distance(net, ring, k) for k in ((1.0,), (1.0, 0.75, 0.5, 0.25))] for net in (ring.make("fresh"), run.watcher.net))
+    print(f"sliced Wasserstein, 1 and 4 steps: {before} -> {after}")
+    assert before[0] > 1.0 and after[0] < 0.35
+    assert before[1] > 0.28 and after[1] < 0.25
 
 
 @pytest.mark.parametrize("option", ["zero", "anti"])

@@ -83,14 +83,14 @@ def trained(teacher, folder, **more):
 
 
 def test_learns_the_map(teacher, tmp_path):
-    """One step from .077 (untrained: the teacher's Euler step) to below .05, two steps from .080 to below .04."""
-    start = trained(teacher, tmp_path / "start", steps=1)
-    assert distance(teacher, start, 1) > 0.07 and distance(teacher, start, 2) > 0.07
+    """One step from .071 (untrained: the teacher's Euler step) to .034, two steps from .084 to .024."""
+    start = trained(teacher, tmp_path / "start", steps=1, lr=0.0)
+    assert distance(teacher, start, 1) > 0.065 and distance(teacher, start, 2) > 0.075
     run = trained(teacher, tmp_path / "run", steps=400)
-    assert distance(teacher, run, 1) < 0.05 and distance(teacher, run, 2) < 0.04
+    assert distance(teacher, run, 1) < 0.045 and distance(teacher, run, 2) < 0.04
 
 
 def test_never_on_the_boundary_learns_nothing(teacher, tmp_path):
-    """Mutation: without r = t the student is free to drift from the teacher."""
+    """Mutation: without r = t the student drifts away from the teacher, to .47."""
     run = trained(teacher, tmp_path / "run", steps=200, equal=0.0)
-    assert distance(teacher, run, 2) > 0.07
+    assert distance(teacher, run, 2) > 0.1

@@ -10,7 +10,7 @@ from .custom import Custom
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # Built-in teachers: folder under zoo/assets, default guidance (chosen by the scans in benchmarks/teacher), default data.
-BUILT_IN = {"emoji": {"folder": "emoji/teacher", "guidance": 3.0, "data": "emoji"},
+BUILT_IN = {"emoji": {"folder": "emoji/teacher", "guidance": 2.0, "data": "emoji"},
             "fashion": {"folder": "fashion/teacher", "guidance": 2.0, "data": "fashion"},
             "avatars": {"folder": "avatars/teacher", "guidance": 2.0, "data": "avatars"}}
 FAMILIES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "sd",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..critics import GanHead, Heads
-from ..denoiser import Denoiser, add_adapter, add_slot, checkpoint_activations
+from ..denoiser import SLOT_DIM, Denoiser, add_adapter, add_slot, checkpoint_activations
 from ..errors import UserError
 from ..process import Pred, Process
 
@@ -108,10 +108,10 @@ class Backbone:
         """Submodules feeding a discriminator of several depths, in the order in which they run."""
         return [f"down_blocks.{i}" for i in range(len(getattr(self.module, "down_blocks", ())))] + [self.tap]
 
-    def discriminator(self) -> Denoiser:
+    def discriminator(self, told: bool = False) -> Denoiser:
         """Heads at several depths (`taps`) of the frozen teacher network: call `judge`; only the heads are trained.
 
-        Make it after the roles that copy the teacher's module, since its hooks stay on it."""
+        told: they are given a number besides. Make it after the roles that copy the teacher's module, since its hooks stay on it."""
         if not all(self.taps):
             raise UserError(f"{self.name} has no submodule to feed a discriminator: give it tap=SUBMODULE")
         shapes = []
@@ -124,7 +124,12 @@ class Backbone:
         for hook in hooks:
             hook.remove()
         # A role without an adapter of its own reads the bare weights, and owns none of them.
-        return Denoiser(self.module, self.process, self.pred, self.forward, role="discriminator", tap=self.taps, head=Heads(shapes))
+        return Denoiser(self.module, self.process, self.pred, self.forward, role="discriminator", tap=self.taps, head=Heads(shapes, SLOT_DIM * told))
+
+    @property
+    def takes_second_scalar(self) -> bool:
+        """Whether `make(two_time=True)` is possible: the network has a diffusers time embedding to add a second scalar to."""
+        return hasattr(self.module, "time_embedding")
 
     def head_shape(self) -> tuple[int, int | None]:
         """(channels, side) of the tapped feature map."""

