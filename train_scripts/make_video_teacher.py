@@ -8,7 +8,7 @@ replaced at every export; its scheduler's config also says which clips it was tr
 
     python train_scripts/make_video_teacher.py --minutes 40                   # 16 frames of 32x32, ten emoji; the same line resumes
     python train_scripts/make_video_teacher.py --toy --minutes 8 --ema 0.99 \\
-        --out zoo/assets/toy_video --run runs/toy_video                       # the network shipped for --teacher toy-video
+        --out zoo/assets/toy_video --run runs/toy_video                       # for --teacher toy-video; the shipped one had 2.7 of 8 minutes
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Config:
     minutes: float = 40.0
     """Training time, over all resumed parts; the learning rate falls to zero over its second half."""
     toy: bool = False
-    """The network of the toy-video teacher: regresses the exact velocity of its clips. The next nine flags then have no say."""
+    """The network of the toy-video teacher: regresses the exact velocity of its clips. The flags from frames to guidance then have no say."""
     frames: int = 16
     size: int = 32
     side: int = 12

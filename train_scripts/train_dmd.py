@@ -10,10 +10,11 @@ NeurIPS 2024 -- https://arxiv.org/abs/2405.14867
     guided teacher, and sp is softplus.
 
 Departures from the paper: the critic is not trained on student steps beyond its k updates (the official code trains it on
-the student's batch too); the critic's denoising loss is a v-MSE, finite at both ends of zero-terminal-SNR schedules; the
-student time is the earlier of two uniform draws, since one student serves 1, 2 and 4 steps and all start there; the student
+the student's batch too); the critic's denoising loss is a v-MSE, finite at both ends of zero-terminal-SNR schedules; one
+student serves 1, 2 and 4 steps, so each sample has a student time of its own, the earlier of two uniform draws, and the critic
+is told it (--tell_critic: one score for the mixture of all times lets late steps overshoot what early ones lack); the student
 is averaged (EMA); the discriminator's real and generated samples carry the same prompts. The default is the quick start:
-batch 32, two critic updates, no GAN (no real data), no first moment in Adam, larger rates; recipes are the paper's.
+batch 32, two critic updates, no GAN (no real data), larger rates; recipes are the paper's.
 
     accelerate launch train_scripts/train_dmd.py                                       # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_dmd.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --lora 64 --data prompts.txt
@@ -41,9 +42,9 @@ class Config(RunConfig):
     }
     steps: int = 1000
     time_budget: float = 150.0
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.0, 0.99)
-    critic_lr: float = 4e-4
+    lr: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.99)
+    critic_lr: float = 2e-4
     critic_updates: int = 2                # per student update: two time-scale update rule, Sec. 4.2 (the paper's is 5)
     gan: float = 0.0                       # weight of the student's GAN loss, Sec. 4.3; > 0 needs images
     gan_critic: float = 1e-2               # weight of the discriminator loss beside the denoising loss

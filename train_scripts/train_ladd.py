@@ -5,17 +5,19 @@ SIGGRAPH Asia 2024 -- https://arxiv.org/abs/2403.12015
     G: few-step student    F_k: features of the frozen teacher at depth k    D_k: a small head on F_k, for each k
     repeat
         x = G(y_s, s),  y ~ data, s ~ student times (s = 1 is pure noise);  t = sigmoid(N(m, 1));  x_t, y_t: both noised to t
-        D  <-  min  sum_k  relu(1 - D_k(F_k(y_t))) + relu(1 + D_k(F_k(x_t)))  [ + gamma |D_k(F_k(y_t)) - D_k(F_k(y_t + a n))|^2 ]
-        G  <-  min  sum_k  - D_k(F_k(x_t))                                       through the teacher to x
-    Nothing else: no distillation loss. With --synthetic N the data is N samples of the guided teacher itself (the paper's way).
-    With --student_times 1 --freeze_convolutions it is the setting of GDD-I (Zheng & Yang, https://arxiv.org/abs/2405.20750):
-    a one-step student whose convolutions keep the teacher's weights.
+        D  <-  min  sum_k  sp(-D_k(F_k(y_t))) + sp(D_k(F_k(x_t))) + gamma |D_k(F_k(y_t)) - D_k(F_k(y_t + a n))|^2
+        G  <-  min  sum_k  sp(-D_k(F_k(x_t)))                                    through the teacher to x
+    where sp is softplus. Nothing else: no distillation loss. With --synthetic N the data is N samples of the guided teacher
+    itself (the paper's way). With --student_times 1 --freeze_convolutions it is the setting of GDD-I (Zheng & Yang,
+    https://arxiv.org/abs/2405.20750): a one-step student whose convolutions keep the teacher's weights.
 
-Departures from the paper: real and generated samples share t and noise; the heads see neither t nor the pooled prompt, which
-the teacher's features carry; features are those of a UNet's down and middle blocks (the paper's: every block of a transformer), where
-the pass through the teacher ends; the approximate R1 term is FastGen's; for the first --easy_steps the late times are drawn, then
-mostly t = 1 (from memory of the paper). Of GDD: the discriminator is LADD's, not a projected GAN on ImageNet features. The
-default is the quick start: batch 32, no first moment in Adam, larger rates.
+Departures from the paper: the loss is softplus, steadier here (--adversarial hinge is the paper's); real and generated samples
+share t and noise; the heads see neither t nor the pooled prompt, which the teacher's features carry, but are told s: else only
+the mixture of samples over all s is matched, and the late times drift; features are those of a UNet's down and middle blocks,
+where the pass through the teacher ends (the paper's: every block of a transformer); the approximate R1 term is FastGen's, its
+weight ours; for the first --easy_steps the late times are drawn, then mostly s = 1 (numbers from memory of the paper). Of GDD:
+the discriminator is LADD's, not a projected GAN on ImageNet features. The default is the quick start: batch 32, no first
+moment in Adam, larger rates.
 
     accelerate launch train_scripts/train_ladd.py                                      # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_ladd.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --data prompts.txt --synthetic 20000
@@ -28,7 +30,7 @@ import torch
 
 from zoo import backbones, critics, times
 from zoo.data.pairs import stored
-from zoo.process import RectifiedFlow, per_sample
+from zoo.process import RectifiedFlow
 from zoo.run import Run, RunConfig, cli
 
 # What GDD-I freezes, in the names of diffusers: convolutions and projections, but not norms, time and skip layers, queries, keys, values.

@@ -39,9 +39,10 @@ from zoo.run import Run, RunConfig, cli
 class Config(RunConfig):
     method: ClassVar[str] = "self_forcing"
     recipes: ClassVar[dict] = {
-        "wan": dict(source="Huang et al. 2025 and official DMD config (batch 64, 600 updates, w = 4 in D_u + w (D_c - D_u), shift 5); initialisation as CausVid's (3000)",
-                    batch=64, lr=2e-6, critic_lr=4e-7, critic_updates=5, betas=(0.0, 0.999), weight_decay=0.01, ema=0.99, guidance=4.0, chunk=3, shift=5.0,
-                    ode_steps=3000, steps=3600, time_budget=0.0),
+        "wan": dict(source="Huang et al. 2025, official DMD config: batch 64, 600 iterations (read as student updates), guidance 3 written "
+                           "D_c + s (D_c - D_u), so w = 4; 3000 initialisation steps as CausVid's",
+                    batch=64, lr=2e-6, critic_lr=4e-7, critic_updates=5, betas=(0.0, 0.999), weight_decay=0.01, ema=0.99, guidance=4.0,
+                    chunk=3, shift=5.0, ode_steps=3000, steps=3600, time_budget=0.0),
     }
     teacher: str = "toy-video"             # toy-video, a folder of make_video_teacher.py, or a Wan 2.1 text-to-video model
     steps: int = 1000                      # those of the initialisation included

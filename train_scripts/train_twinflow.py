@@ -49,7 +49,7 @@ class Config(RunConfig):
     target_decay: float = 0.99             # of the average F-
     short: float = 0.05                    # longest short jump, as a fraction of t
     rectify: float = 0.5                   # weight of the rectification
-    drop: float = 0.1                      # fraction of samples without their prompt
+    drop: float = 0.1                      # fraction of samples without their prompt, when guided
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -109,7 +109,8 @@ def main(cfg: Config) -> Run:
         return F - (twin - real).clamp(-1, 1)
 
     def twin_flow_loss(batch):
-        kind, cond = batch.randint(4), losses.without_prompt(batch.cond, batch.uncond, batch.rand() < cfg.drop)
+        dropped = batch.rand() < cfg.drop * (w != 1)
+        kind, cond = batch.randint(4), losses.without_prompt(batch.cond, batch.uncond, dropped)
         one, twin = kind == 0, kind == 3
         rows = lambda mask: {k: c[mask] for k, c in cond.items()}
         t, u = torch.where(one, 1, batch.rand().clamp(min=1e-3)) * top, batch.rand()

@@ -30,8 +30,11 @@ def sample(folder: str, prompt: str, steps: int | None, seeds: int, out: str) ->
     from PIL import Image
 
     from . import load
+    from .pipelines.causal_video import CausalVideoPipeline
     from .pipelines.unmask import UnmaskPipeline
     pipe = load(folder)
+    if isinstance(pipe, CausalVideoPipeline):
+        return sample_video(pipe, prompt, steps, seeds, out)
     if isinstance(pipe, UnmaskPipeline):
         return sample_text(pipe, folder, prompt, steps, seeds)
     if not isinstance(pipe, DiffusionPipeline):
@@ -60,6 +63,25 @@ def sample_text(pipe, folder: str, prompt: str, steps: int | None, seeds: int) -
         raise UserError(f"--steps {steps} is not in the contract of {folder}: it was trained for {', '.join(map(str, pipe.contract.steps))}")
     for seed in range(seeds):
         print(pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).texts[0])
+
+
+def sample_video(pipe, prompt: str, steps: int | None, seeds: int, out: str) -> None:
+    """One video per seed, side by side, as an animation (.gif, .webp, or an animated .png)."""
+    import torch
+    from PIL import Image
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: give at least 1")
+    videos = [pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed)).frames[0] for seed in range(seeds)]
+    width, height = videos[0][0].size
+    sheets = [Image.new("RGB", (seeds * width, height)) for _ in videos[0]]
+    for i, video in enumerate(videos):
+        for sheet, frame in zip(sheets, video):
+            sheet.paste(frame, (i * width, 0))
+    try:
+        sheets[0].save(out, save_all=True, append_images=sheets[1:], duration=125, loop=0)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write --out {out} ({error}): give a writable path such as sample.gif") from error
+    print(out)
 
 
 def class_number(prompt: str) -> int:

@@ -134,6 +134,7 @@ def distance(net, model, knots, n=2000):
     return sliced_wasserstein(made, target)
 
 
+@pytest.mark.slow
 def test_converges_on_the_toy(ring, tmp_path):
     """Without guidance the target is the ring itself; sliced Wasserstein distance of one and of four steps."""
     cfg = script.Config(teacher=ring, steps=300, batch=128, lr=1e-3, critic_lr=2e-3, output_dir=str(tmp_path / "run"), **QUICK)

@@ -1,4 +1,5 @@
 """LADD: heads on the frozen teacher's features, gradients through it, the losses' reference values, GDD-I's frozen layers, and the toy."""
+import copy
 import math
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ def tiny(tmp_path_factory):
     (root / "prompts.txt").write_text("a red heart\na blue star\n")
     tiny_sd(root / "sd")
     tiny_pixel(root / "pixel")
-    return lambda family: backbones.load("toy") if family == "toy" else backbones.load(str(root / family), str(root / "prompts.txt") if family == "sd" else "")
+    fitted = backbones.load("toy")
+    return lambda family: copy.deepcopy(fitted) if family == "toy" else backbones.load(str(root / family), str(root / "prompts.txt") if family == "sd" else "")
 
 
 def some(model):
@@ -115,25 +117,29 @@ def test_nothing_to_freeze_is_an_error(tiny):
         tiny("toy").make("student", frozen=script.CONVOLUTIONS)
 
 
-def toy(tmp_path, **flags):
-    """Distance to the mixture of 1-, 2- and 4-step samples, before and after; both about their own mode's centre."""
-    settings = dict(teacher="toy", batch=128, time_budget=0.0, measure_every=0, sample_every=0, checkpoint_every=0)
-    run = script.main(script.Config(output_dir=str(tmp_path / "run"), **(settings | flags)))
+def toy(teacher, folder, **flags):
+    """Distance of 1-, 2- and 4-step samples to the mixture, before and after: mean over modes, so that shifted modes count."""
+    settings = dict(teacher=teacher, batch=128, time_budget=0.0, measure_every=0, sample_every=0, checkpoint_every=0)
+    run = script.main(script.Config(output_dir=str(folder), **(settings | flags)))
     truth, label = run.model.mixture.sample(2000, seed=5)
-    centre = run.model.mixture.means[label].float()
+    by_mode = lambda x: sum(sliced_wasserstein(x[label == k], truth[label == k]) for k in range(8)) / 8
 
     def reach(net):
         out = []
-        for k in run.watcher.trained.values():
+        for _, knots in sorted(run.watcher.trained.items()):
             g = torch.Generator().manual_seed(3)
             draw = lambda: torch.randn(2000, 2, generator=g)
-            x = rollout.sample(net, draw(), {"label": label}, k, "renoise", draw)
-            out.append(round(sliced_wasserstein(x - centre, truth - centre), 4))
+            x = rollout.sample(net, draw(), {"label": label}, knots, "renoise", draw)
+            out.append(round(by_mode(x), 4))
         return out
     return reach(run.model.make("untrained")), reach(run.watcher.net)
 
 
-def test_toy_converges(tmp_path):
-    before, after = toy(tmp_path, steps=300, mean=-1.0)
-    print(before, after)
-    assert min(before) > 0.05 and max(after) < 0.04
+def test_toy_converges_where_the_heads_are_told_the_student_time(tiny, tmp_path):
+    """Not told, they see the samples of all student times as one set, and only the mixture is matched: later times drift to make up
+    for the first. Low noise (mean = -1) shows the modes' width. Measured with 1, 2, 4 steps: .081 .100 .080 before, .041 .028 .045 told,
+    .059 .087 .128 untold."""
+    before, told = toy(tiny("toy"), tmp_path / "told", steps=500, mean=-1.0)
+    _, untold = toy(tiny("toy"), tmp_path / "untold", steps=500, mean=-1.0, tell_critic=False)
+    print(before, told, untold)
+    assert min(before) > 0.075 and max(told) < 0.06 and untold[-1] > 0.075

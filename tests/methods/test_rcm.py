@@ -95,6 +95,7 @@ def distances(net, model, times, n=4096):
     return {k: sliced_wasserstein(rollout.sample(net, draw(), {"label": label}, t, "renoise", draw), y) for k, t in times.items()}
 
 
+@pytest.mark.slow
 def test_rcm_converges_on_the_toy(tmp_path):
     model = backbones.load("toy")
     run = script.main(script.Config(teacher=model, output_dir=str(tmp_path / "run"), batch=128, lr=5e-4, critic_lr=1e-3, ema=0.99, steps=300, dmd_after=20, dmd=0.3,

@@ -101,6 +101,7 @@ def distances(net, model, times, n=4096):
     return {k: sliced_wasserstein(rollout.sample(net, draw(), {"label": label}, t, "renoise", draw), y) for k, t in times.items()}
 
 
+@pytest.mark.slow
 def test_scm_converges_on_the_toy(tmp_path):
     """In two dimensions |g| is about 0.2, so that c = 0.1 leaves directions without lengths, which do not settle: c = 1 here."""
     model = backbones.load("toy")

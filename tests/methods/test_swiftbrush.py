@@ -128,11 +128,15 @@ def toy(tmp_path, **flags):
     run = script.main(script.Config(output_dir=str(tmp_path / "run"), **(settings | flags)))
     truth, label = run.model.mixture.sample(2000, seed=5)
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(3))
-    reach = lambda net: sliced_wasserstein(rollout.sample(net, noise, {"label": label}, torch.tensor([1.0])), truth)
+
+    def reach(net):                                            # mean over modes, so that shifted modes count
+        x = rollout.sample(net, noise, {"label": label}, torch.tensor([1.0]))
+        return sum(sliced_wasserstein(x[label == k], truth[label == k]) for k in range(8)) / 8
     return reach(run.model.make("untrained")), reach(run.watcher.net)
 
 
 def test_toy_converges(tmp_path):
+    """Measured .081 before and .046 after."""
     before, after = toy(tmp_path, steps=300)
     print(before, after)
-    assert before > 0.1 and after < 0.06
+    assert before > 0.075 and after < 0.05

@@ -167,6 +167,7 @@ def test_phases_converge_on_the_toy_and_serve_their_number_of_steps_only(tmp_pat
     assert before > 0.055 and distances(run.watcher.net, model, (4,))[4] < 0.02
 
 
+@pytest.mark.slow
 def test_discriminator_trains_beside_the_student(tmp_path):
     run = script.main(quick(tmp_path, steps=3, batch=32, gan=0.1, log_every=1))
     assert run.trainees["critic"].updates == run.trainees["student"].updates == 3

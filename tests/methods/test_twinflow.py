@@ -114,11 +114,11 @@ def test_negative_time_is_another_branch_that_starts_as_the_teacher():
 
 
 def toy(tmp_path, **flags):
-    """Distance to the mixture of 1-, 2- and 4-step samples, before and after; both about their own mode's centre."""
+    """Distance of 1-, 2- and 4-step samples to the mixture, before and after: mean over modes, so that shifted modes count."""
     settings = dict(teacher="toy", batch=128, time_budget=0.0, measure_every=0, sample_every=0, checkpoint_every=0)
     run = script.main(script.Config(output_dir=str(tmp_path / "run"), **(settings | flags)))
     truth, label = run.model.mixture.sample(2000, seed=5)
-    centre = run.model.mixture.means[label].float()
+    by_mode = lambda x: sum(sliced_wasserstein(x[label == k], truth[label == k]) for k in range(8)) / 8
 
     def reach(net):
         out = []
@@ -126,12 +126,13 @@ def toy(tmp_path, **flags):
             g = torch.Generator().manual_seed(3)
             draw = lambda: torch.randn(2000, 2, generator=g)
             x = rollout.sample(FirstTimeZero(net), draw(), {"label": label}, torch.tensor([1.0, 0.75, 0.5, 0.25])[::stride], "renoise", draw)
-            out.append(round(sliced_wasserstein(x - centre, truth - centre), 4))
+            out.append(round(by_mode(x), 4))
         return out
     return reach(run.model.make("untrained", two_time=True)), reach(run.watcher.net)
 
 
 def test_toy_converges(tmp_path):
-    before, after = toy(tmp_path, steps=300)
+    """Measured with 1, 2, 4 steps: .081 .100 .080 before, .039 .032 .032 after."""
+    before, after = toy(tmp_path, steps=500)
     print(before, after)
-    assert min(before) > 0.05 and max(after) < 0.04
+    assert min(before) > 0.075 and max(after) < 0.05

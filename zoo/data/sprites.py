@@ -9,7 +9,6 @@ the true position at any time is closed-form, however long the video. Videos are
 upper left corner in pixels."""
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
