@@ -30,6 +30,7 @@ import torch
 
 from zoo import backbones, critics, times
 from zoo.data.pairs import stored
+from zoo.errors import UserError
 from zoo.process import RectifiedFlow
 from zoo.run import Run, RunConfig, cli
 
@@ -92,11 +93,14 @@ def main(cfg: Config) -> Run:
     D = run.train("critic", model.discriminator(cfg.tell_critic), cfg.critic_lr)
     run.watch(G, knots)
     data = stored(run, model.teacher, cfg.synthetic, cfg.synthetic_steps, model.guidance) if cfg.synthetic else model.batches(images=True)
-    late = [w * (k >= len(knots) // 2) for k, w in enumerate(cfg.time_weights)]
+    weights = cfg.time_weights[: len(knots)]
+    if len(weights) < len(knots):
+        raise UserError(f"{len(knots)} student times and {len(weights)} weights: give --time_weights one number for each")
+    late = [w * (k >= len(knots) // 2) for k, w in enumerate(weights)]
     for_critic, for_student = LOSSES[cfg.adversarial]
 
     def sample(batch):
-        s = knots.to(batch.x0)[chosen(batch.rand(), late if run.step < cfg.easy_steps else cfg.time_weights)]
+        s = knots.to(batch.x0)[chosen(batch.rand(), late if run.step < cfg.easy_steps else weights)]
         return G(process.noise(batch.x0, batch.randn(), s), s, batch.cond), s
 
     def judging(batch, s):

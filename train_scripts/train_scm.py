@@ -6,8 +6,8 @@ ICLR 2025 -- https://arxiv.org/abs/2410.11081
     f(x_t, t) = cos t x_t - sin t s F(x_t, t): the consistency function, f(x, 0) = x     v_w: velocity of the guided teacher
     repeat
         x0 ~ data;  s tan t ~ log-normal(P_mean, P_std);  dx/dt = v_w(x_t, t)
-        g = cos t df/dt  =  - cos^2 t (s F - dx/dt) - r cos t sin t (x_t + s dF/dt),   r: 0 -> 1, tangent warm-up      eq. 8
-        F  <-  min  | F(x_t, t) - sg[ F(x_t, t) + g / (|g| + c) ] |^2                                          Alg. 1
+        g = cos t df/dt  =  - cos^2 t (s F - dx/dt) - r cos t sin t (x_t + s dF/dt),   r: 0 -> 1, tangent warm-up
+        F  <-  min  | F(x_t, t) - sg[ F(x_t, t) + g / (|g| + c) ] |^2                    tangent normalisation, Alg. 1
 
 Departures from the paper: distillation (sCD) only; the adaptive weight e^w(t) is not a network but its own minimiser for tangents of
 unit length, which cancels the prior weight 1 / (s tan t) and leaves 1; the teacher's architecture is taken as it is
@@ -52,7 +52,7 @@ class Config(RunConfig):
 
 
 def tangent(velocity, x_t, t, dx, ramp, how, h):
-    """g = cos t df/dt along dx [B, ...] (eq. 8), detached; velocity(x, t) is s F."""
+    """g = cos t df/dt along dx [B, ...] (Alg. 1), detached; velocity(x, t) is s F."""
     v, dv = calculus.total_derivative(velocity, (x_t, t), (dx, torch.ones_like(t)), how, h)
     return losses.trigflow_tangent(v, dv, x_t, t, dx, ramp)
 

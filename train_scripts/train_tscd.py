@@ -17,7 +17,8 @@ throughout and s always the lower edge, sampled by DDIM in exactly k steps.
 Departures from the paper: trajectory segmented consistency alone, without the reward learning (Sec. 3.2) and the score distillation of
 the one-step student (Sec. 3.3; see train_dmd.py); one distance d at every stage (the paper goes from MSE to an adversarial one); the GAN is off by
 default, its weight is constant, its discriminator is a trainable copy of the teacher with a head, its loss is non-saturating and not a
-hinge, and samples are noised by the exact transition from s to g; the one-step student starts at t = 1 and not at 0.8. Of PCM: a fixed guidance
+hinge, and samples are noised by the exact transition from s to g; the one-step student starts at t = 1 and not at 0.8. One (x0, eps) must serve every s,
+so that a segment's longest jump is a compromise: one step of the last stage is soft (the paper's Sec. 3.3 is for it). Of PCM: a fixed guidance
 scale, the target is a moving average (--target_decay 0: the student itself, as there).
 
     accelerate launch train_scripts/train_tscd.py                                       # the embedded teacher, minutes on a CPU
@@ -39,7 +40,7 @@ from zoo.run import Run, RunConfig, cli
 class Config(RunConfig):
     method: ClassVar[str] = "tscd"
     recipes: ClassVar[dict] = {
-        "hyper-sd": dict(source="Ren et al. 2024, Sec. 4.1 (LoRA rank 64, batch 512, lr 1e-6; iterations are not given: choose --stage_steps, --steps)",
+        "hyper-sd": dict(source="Ren et al. 2024 (LoRA rank 64, batch 512, lr 1e-6; iterations are not given: choose --stage_steps, --steps)",
                          batch=512, lr=1e-6, lora=64, time_budget=0.0),
         "pcm-sd15": dict(source="Wang et al. 2024; official SD1.5 script with GAN (batch 20, lr 5e-6, 10K iterations, 2 phases, w in [5, 6], GAN 0.1 at 1e-5)",
                          batch=20, lr=5e-6, weight_decay=1e-3, lora=64, phases=2, grid=50, target_decay=0.0, gan=0.1, critic_lr=1e-5, guidance=5.5,

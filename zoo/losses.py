@@ -50,7 +50,7 @@ def adaptive(squared: Tensor, p: float = 1.0, c: float = 1e-3) -> Tensor:
 
 
 def trigflow_tangent(v: Tensor, dv: Tensor, x: Tensor, t: Tensor, dx: Tensor, ramp: float = 1.0) -> Tensor:
-    """cos t df/dt of the TrigFlow consistency function f = cos t x - sin t v(x, t), along dx/dt = `dx` (sCM, eq. 8).
+    """cos t df/dt of the TrigFlow consistency function f = cos t x - sin t v(x, t), along dx/dt = `dx` (sCM, Alg. 1).
 
     dv = dv/dt is the total derivative along (dx, 1); `ramp` in [0, 1] scales the part that needs it (tangent warm-up)."""
     cos, sin = per_sample(t.cos(), x), per_sample(t.sin(), x)
@@ -58,7 +58,7 @@ def trigflow_tangent(v: Tensor, dv: Tensor, x: Tensor, t: Tensor, dx: Tensor, ra
 
 
 def bounded(g: Tensor, c: float = 0.1) -> Tensor:
-    """g / (|g| + c), |g| the l2 norm of each sample (tangent normalisation of sCM, Sec. 4.1)."""
+    """g / (|g| + c), |g| the l2 norm of each sample (tangent normalisation of sCM)."""
     norm = g.flatten(1).norm(dim=1)
     return g / per_sample(norm + c, g)
 

@@ -117,6 +117,20 @@ def test_nothing_to_freeze_is_an_error(tiny):
         tiny("toy").make("student", frozen=script.CONVOLUTIONS)
 
 
+def test_one_step_on_synthetic_data_with_frozen_convolutions(tiny, tmp_path):
+    """GDD-I's setting without any image: the convolutions leave the run as they came."""
+    model = tiny("pixel")
+    flags = dict(teacher=model, batch=4, steps=2, time_budget=0.0, measure_every=0, sample_every=0, mixed_precision="no", easy_steps=1,
+                 student_times=(1.0,), freeze_convolutions=True, synthetic=6, synthetic_steps=2, lr=1e-2, output_dir=str(tmp_path / "run"))
+    run = script.main(script.Config(**flags))
+    assert list((tmp_path / "run/pairs").glob("*.safetensors")) and run.watcher.contract.steps == [1]
+    teacher, student = dict(model.module.named_parameters()), dict(run.trainees["student"].net.module.named_parameters())
+    same = {n for n in teacher if torch.equal(teacher[n], student[n])}
+    assert {n for n in teacher if "conv1" in n or "samplers" in n} <= same and not any("norm1" in n and "up_blocks" in n for n in same)
+    with pytest.raises(UserError, match="time_weights"):
+        script.main(script.Config(**(flags | dict(output_dir=str(tmp_path / "other"), student_times=(1.0, 0.5), time_weights=(1.0,)))))
+
+
 def toy(teacher, folder, **flags):
     """Distance of 1-, 2- and 4-step samples to the mixture, before and after: mean over modes, so that shifted modes count."""
     settings = dict(teacher=teacher, batch=128, time_budget=0.0, measure_every=0, sample_every=0, checkpoint_every=0)

@@ -138,6 +138,11 @@ def test_noising_for_the_discriminator_is_the_exact_transition(s, g):
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
+@pytest.fixture(scope="module")
+def model():
+    return backbones.load("toy")
+
+
 def quick(tmp_path, **kw):
     return script.Config(**dict(dict(teacher="toy", output_dir=str(tmp_path / "run"), batch=256, lr=1e-3, ema=0.99, time_budget=0, measure_every=0, sample_every=0,
                                      checkpoint_every=0, export="last"), **kw))
@@ -149,8 +154,7 @@ def distances(net, model, counts, n=4096):
     return {k: sliced_wasserstein(rollout.sample(net, z, {"label": label}, 1 - torch.arange(k) / k, "ode"), y) for k in counts}
 
 
-def test_stages_converge_on_the_toy(tmp_path):
-    model = backbones.load("toy")
+def test_stages_converge_on_the_toy(tmp_path, model):
     before = distances(model.make("student"), model, (4, 2))
     run = script.main(quick(tmp_path, teacher=model, steps=500, stage_steps=100))
     assert sorted(run.watcher.contract.knots) == [1, 2, 4] and run.watcher.contract.scheduler == "DDIMScheduler"
@@ -159,8 +163,7 @@ def test_stages_converge_on_the_toy(tmp_path):
     assert after[4] < 0.025 and after[2] < 0.055
 
 
-def test_phases_converge_on_the_toy_and_serve_their_number_of_steps_only(tmp_path):
-    model = backbones.load("toy")
+def test_phases_converge_on_the_toy_and_serve_their_number_of_steps_only(tmp_path, model):
     before = distances(model.make("student"), model, (4,))[4]
     run = script.main(quick(tmp_path, teacher=model, steps=250, phases=4))
     assert list(run.watcher.contract.knots) == [4]
@@ -168,8 +171,8 @@ def test_phases_converge_on_the_toy_and_serve_their_number_of_steps_only(tmp_pat
 
 
 @pytest.mark.slow
-def test_discriminator_trains_beside_the_student(tmp_path):
-    run = script.main(quick(tmp_path, steps=3, batch=32, gan=0.1, log_every=1))
+def test_discriminator_trains_beside_the_student(tmp_path, model):
+    run = script.main(quick(tmp_path, teacher=model, steps=3, batch=32, gan=0.1, log_every=1))
     assert run.trainees["critic"].updates == run.trainees["student"].updates == 3
     with pytest.raises(UserError, match="does not serve"):
-        script.main(quick(tmp_path / "other", grid=30))
+        script.main(quick(tmp_path / "other", teacher=model, grid=30))

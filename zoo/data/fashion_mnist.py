@@ -5,6 +5,7 @@ The 10,000 test images ship with the package; the 60,000 training images (26 MB)
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 from pathlib import Path
 
@@ -21,13 +22,15 @@ ENV = "FEWSTEP_FASHION_MNIST"
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """An idx file, gzipped or not, as a uint8 array: [N] labels or [N, H, W] images.
+    """An idx file, plain, .gz or .xz, as a uint8 array: [N] labels or [N, H, W] images.
 
     The header: two zero bytes, the type (8 = uint8), the number of axes, one big-endian uint32 per axis.
     """
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = gzip.decompress(raw)
+    elif raw[:6] == b"\xfd7zXZ\0":
+        raw = lzma.decompress(raw)
     if raw[:3] != b"\0\0\x08":
         raise UserError(f"{path} is not an idx file of bytes; expected Fashion-MNIST's *-ubyte.gz files")
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
@@ -35,7 +38,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 
 def _find(folder: Path, stem: str) -> Path | None:
-    return next((folder / n for n in (f"{stem}.gz", stem) if (folder / n).is_file()), None)
+    return next((folder / n for n in (f"{stem}.gz", f"{stem}.xz", stem) if (folder / n).is_file()), None)
 
 
 def arrays(split: str = "train", path: str | Path | None = None) -> tuple[np.ndarray, np.ndarray]:
