@@ -15,7 +15,7 @@ With --phases k the same loss is the Phased Consistency Model (Fu-Yun Wang et al
 throughout and s always the lower edge, sampled by DDIM in exactly k steps.
 
 Departures from the paper: trajectory segmented consistency alone, without the reward learning (Sec. 3.2) and the score distillation of
-the one-step student (Sec. 3.3; see train_dmd.py); one distance d at every stage (the paper goes from MSE to an adversarial one); the GAN is off by
+the one-step student (Sec. 3.3; see train_dmd.py); one distance d at every stage (the paper goes from squared error to an adversarial one); the GAN is off by
 default, its weight is constant, its discriminator is a trainable copy of the teacher with a head, its loss is non-saturating and not a
 hinge, and samples are noised by the exact transition from s to g; the one-step student starts at t = 1 and not at 0.8. One (x0, eps) must serve every s,
 so that a segment's longest jump is a compromise: one step of the last stage is soft (the paper's Sec. 3.3 is for it). Of PCM: a fixed guidance
@@ -42,12 +42,12 @@ class Config(RunConfig):
     recipes: ClassVar[dict] = {
         "hyper-sd": dict(source="Ren et al. 2024 (LoRA rank 64, batch 512, lr 1e-6; iterations are not given: choose --stage_steps, --steps)",
                          batch=512, lr=1e-6, lora=64, time_budget=0.0),
-        "pcm-sd15": dict(source="Wang et al. 2024; official SD1.5 script with GAN (batch 20, lr 5e-6, 10K iterations, 2 phases, w in [5, 6], GAN 0.1 at 1e-5)",
-                         batch=20, lr=5e-6, weight_decay=1e-3, lora=64, phases=2, grid=50, target_decay=0.0, gan=0.1, critic_lr=1e-5, guidance=5.5,
-                         steps=10_000, time_budget=0.0),
-        "pcm-sdxl": dict(source="Wang et al. 2024; official SDXL script (batch 10, lr 2e-6, 20K iterations, 4 phases of 40 times, w in [7, 8], GAN 0.1 at 1e-5)",
-                         batch=10, lr=2e-6, weight_decay=1e-3, lora=64, phases=4, grid=40, target_decay=0.0, gan=0.1, critic_lr=1e-5, guidance=7.5,
-                         steps=20_000, time_budget=0.0),
+        "pcm-sd15": dict(source="Wang et al. 2024; official SD1.5 script with GAN (batch 20, lr 5e-6, 10K iterations, 2 phases, w in [5, 6], GAN 0.1)",
+                         batch=20, lr=5e-6, weight_decay=1e-3, lora=64, phases=2, grid=50, target_decay=0.0, huber_c=1e-3, gan=0.1, critic_lr=1e-5,
+                         guidance=5.5, steps=10_000, time_budget=0.0),
+        "pcm-sdxl": dict(source="Wang et al. 2024; official SDXL script (batch 10, lr 2e-6, 20K iterations, 4 phases of 40 times, w in [7, 8], GAN 0.1)",
+                         batch=10, lr=2e-6, weight_decay=1e-3, lora=64, phases=4, grid=40, target_decay=0.0, huber_c=1e-3, gan=0.1, critic_lr=1e-5,
+                         guidance=7.5, steps=20_000, time_budget=0.0),
     }
     steps: int = 2000
     time_budget: float = 150.0
@@ -59,7 +59,7 @@ class Config(RunConfig):
     phases: int = 0                        # PCM: that many segments throughout, s their lower edge (0: the stages above)
     student_steps: int = 4                 # steps of the exported student, and those of its divisors that hold the final segments; with phases: these
     target_decay: float = 0.95             # of the moving average X-; 0: the student itself
-    huber_c: float = 1e-3
+    huber_c: float = 1.0                   # of d: at 1 the squared error, as the paper's first stages; PCM's is 1e-3
     gan: float = 0.0                       # weight of the student's GAN loss
     critic_lr: float = 4e-4
 

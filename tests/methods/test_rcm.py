@@ -98,8 +98,8 @@ def distances(net, model, times, n=4096):
 @pytest.mark.slow
 def test_rcm_converges_on_the_toy(tmp_path):
     model = backbones.load("toy")
-    run = script.main(script.Config(teacher=model, output_dir=str(tmp_path / "run"), batch=128, lr=5e-4, critic_lr=1e-3, ema=0.99, steps=300, dmd_after=20, dmd=0.3,
-                                    time_budget=0, measure_every=0, sample_every=0, checkpoint_every=0, export="last"))
+    run = script.main(script.Config(teacher=model, output_dir=str(tmp_path / "run"), batch=128, lr=5e-4, critic_lr=1e-3, ema=0.99, steps=300,
+                                    dmd_after=20, dmd=0.3, time_budget=0, measure_every=0, sample_every=0, checkpoint_every=0, export="last"))
     assert run.trainees["critic"].updates == 2 * 280                       # none before dmd_after
     times = {k: run.watcher.trained[k] for k in (1, 2)}
     before = distances(view(model.make("student"), run.trainees["student"].process), model, times)

@@ -105,8 +105,8 @@ def distances(net, model, times, n=4096):
 def test_scm_converges_on_the_toy(tmp_path):
     """In two dimensions |g| is about 0.2, so that c = 0.1 leaves directions without lengths, which do not settle: c = 1 here."""
     model = backbones.load("toy")
-    run = script.main(script.Config(teacher=model, output_dir=str(tmp_path / "run"), batch=256, lr=1e-3, ema=0.995, steps=1000, tangent_c=1.0, tangent_warmup=300,
-                                    mean=-0.5, time_budget=0, measure_every=0, sample_every=0, checkpoint_every=0, export="last"))
+    run = script.main(script.Config(teacher=model, output_dir=str(tmp_path / "run"), batch=256, lr=1e-3, ema=0.995, steps=1000, tangent_c=1.0,
+                                    tangent_warmup=300, mean=-0.5, time_budget=0, measure_every=0, sample_every=0, checkpoint_every=0, export="last"))
     times = {k: run.watcher.trained[k] for k in (1, 2)}
     before = distances(view(model.make("student"), run.trainees["student"].process), model, times)
     after = distances(run.watcher.net, model, times)
