@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from zoo import critics, losses, rollout
+from zoo import calculus, critics, losses, rollout
 from zoo.process import RectifiedFlow, View
 from zoo.toy import Gaussian, Mixture, sliced_wasserstein
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train_scripts"))
 import train_dmd  # noqa: E402
+import train_flow_map  # noqa: E402
 import train_lcm  # noqa: E402
 import train_meanflow  # noqa: E402
 
@@ -244,6 +245,21 @@ def test_meanflow_target_is_detached_and_reduces_to_flow_matching():
     v = world(x, t, {}, to="velocity")
     target = train_meanflow.average_velocity_target(u, v, x, t, t, "jvp", 1e-3)
     assert not target.requires_grad and torch.equal(target, v)            # r = t: exactly flow matching
+
+
+@pytest.mark.parametrize("how", ["jvp", "fd"])
+def test_derivatives_do_not_see_mixed_precision(how):
+    """A difference of nearby bf16 values is noise, and forward mode through autocast raises."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 1, 3, padding=1))
+    x, v = torch.randn(2, 2, 1, 8, 8)
+    plain = calculus.total_derivative(net, (x,), (v,), how)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = calculus.total_derivative(net, (x,), (v,), how)
+        residual = train_flow_map.lagrangian(lambda x, t, r: net(x) * r[:, None, None, None], lambda x, t: x, x, torch.full((2,), 0.8), torch.full((2,), 0.4), how, 5e-3)
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed)) and residual.dtype == torch.float32
+    exact = train_flow_map.lagrangian(lambda x, t, r: net(x) * r[:, None, None, None], lambda x, t: x, x, torch.full((2,), 0.8), torch.full((2,), 0.4), how, 5e-3)
+    assert torch.equal(residual, exact)
 
 
 def test_two_time_output_through_a_view_keeps_the_second_time():

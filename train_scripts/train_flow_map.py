@@ -56,12 +56,13 @@ class Config(RunConfig):
 def lagrangian(u, velocity, x_t, t, r, how, h):
     """d/dr X - sg v(X, r), with gradient through the derivative; velocity(x, t) a function."""
     X = lambda r: x_t - per_sample(t - r, x_t) * u(x_t, t, r)
-    if how == "jvp":
-        with sdpa_kernel(SDPBackend.MATH):
-            x_r, dX = torch.func.jvp(X, (r,), (torch.ones_like(r),))
-    else:
-        ahead, behind = X(r + h), X(r - h)
-        x_r, dX = (ahead + behind) / 2, (ahead - behind) / (2 * h)
+    with torch.autocast(x_t.device.type, enabled=False):       # a difference of nearby values: float32
+        if how == "jvp":
+            with sdpa_kernel(SDPBackend.MATH):
+                x_r, dX = torch.func.jvp(X, (r,), (torch.ones_like(r),))
+        else:
+            ahead, behind = X(r + h), X(r - h)
+            x_r, dX = (ahead + behind) / 2, (ahead - behind) / (2 * h)
     return dX - velocity(x_r.detach(), r).detach()
 
 

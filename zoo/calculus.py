@@ -11,8 +11,10 @@ def total_derivative(fn, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ..
 
     how="jvp": exact forward-mode derivative (math attention is forced: fused attention has none on a CPU).
     how="fd": central difference with step `h` in s, for networks without forward mode or with stiff time embeddings
-    (timesteps of 1000 t need h >= 5e-3: below it the difference resolves the embedding, not the flow)."""
-    with torch.no_grad():
+    (timesteps of 1000 t need h >= 5e-3: below it the difference resolves the embedding, not the flow).
+
+    Mixed precision is off inside: a difference of nearby bf16 values is noise, and forward mode has no autocast."""
+    with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
         if how == "jvp":
             with sdpa_kernel(SDPBackend.MATH):
                 return torch.func.jvp(fn, primals, tangents)
