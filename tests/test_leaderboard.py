@@ -26,7 +26,7 @@ from tiny import tiny_pixel  # noqa: E402
 from zoo import backbones, calculus, health, losses, metrics, registry, rollout  # noqa: E402
 from zoo.denoiser import CALLS  # noqa: E402
 from zoo.errors import UserError  # noqa: E402
-from zoo.process import RectifiedFlow, view  # noqa: E402
+from zoo.process import view  # noqa: E402
 from zoo.run import Run, RunConfig  # noqa: E402
 
 

@@ -62,8 +62,8 @@ def losses_along64(x, direction):
 
 
 def batch_mean(x, x_t, t, fake, sign=1):
-    """The scripts' direction, with its per-sample scale replaced by the batch mean (a scalar sample has no mean of its own)."""
-    d, _ = train_dmd.dmd_direction(x, x_t, t, {}, {}, REAL, fake, 1.0)
+    """The direction, with its per-sample scale replaced by the batch mean (a scalar sample has no mean of its own)."""
+    d = losses.dmd_direction(x, x_t, t, {}, {}, REAL, fake, 1.0)[0]
     scale = (x - REAL(x_t, t, {})).abs()
     return sign * d * scale / scale.mean()
 
@@ -80,8 +80,8 @@ def test_dmd_direction_vanishes_when_fake_is_real_and_points_to_the_data_otherwi
     x = 1 + 0.7 * torch.randn(2000, 1, generator=g, dtype=torch.float64)
     t = 0.02 + 0.96 * torch.rand(2000, generator=g, dtype=torch.float64)
     x_t = RF.noise(x, torch.randn(2000, 1, generator=g, dtype=torch.float64), t)
-    assert train_dmd.dmd_direction(x, x_t, t, {}, {}, REAL, REAL, 1.0)[0].abs().max() == 0
-    assert train_dmd.dmd_direction(x - 2, x_t - 2 * (1 - t[:, None]), t, {}, {}, REAL, fake_at(-1.0, 0.7), 1.0)[0].mean() > 0
+    assert losses.dmd_direction(x, x_t, t, {}, {}, REAL, REAL, 1.0)[0].abs().max() == 0
+    assert losses.dmd_direction(x - 2, x_t - 2 * (1 - t[:, None]), t, {}, {}, REAL, fake_at(-1.0, 0.7), 1.0)[0].mean() > 0
 
 
 def test_guided_fixed_point():

@@ -29,7 +29,6 @@ import torch
 
 from zoo import backbones, critics, losses, rollout, times
 from zoo.health import critic_fit
-from zoo.process import per_sample
 from zoo.run import Run, RunConfig, cli
 
 
@@ -53,23 +52,11 @@ class Config(RunConfig):
     t_max: float = 0.98
 
 
-def normalised(direction, x, x_real):
-    """direction / mean |x - x_real|, sample by sample (DMD eq. 8)."""
-    return per_sample(1 / losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5), x) * direction
-
-
-@torch.no_grad()
-def matching(x, x_t, t, cond, real, fake, at=None):
-    """DM, the shield: from the critic to the unguided teacher at (x_t, t). at [B]: the student time of x, for a critic that is told it."""
-    x_real, x_fake = real(x_t, t, cond), fake(x_t, t, cond, r=at)
-    return normalised(x_real - x_fake, x, x_real), critic_fit(x, x_real, x_fake)
-
-
 @torch.no_grad()
 def augmentation(x, x_r, r, cond, uncond, real, guidance):
     """CA, the spear: what guidance adds to the teacher at (x_r, r)."""
     x_real = real(x_r, r, cond)
-    return normalised((guidance - 1) * (x_real - real(x_r, r, uncond)), x, x_real)
+    return losses.normalised((guidance - 1) * (x_real - real(x_r, r, uncond)), x, x_real)
 
 
 def main(cfg: Config) -> Run:
@@ -102,11 +89,12 @@ def main(cfg: Config) -> Run:
         x = G(z, s, batch.cond)
         low, high = cfg.t_min * process.t_max, cfg.t_max * process.t_max
         t = times.uniform(batch.rand(), low, high)
-        direction, health = matching(x, process.noise(x, batch.randn(), t), t, batch.cond, real, fake, s if tell else None)
+        x_t = process.noise(x, batch.randn(), t)
+        direction, x_real, x_fake = losses.dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, 1.0, s if tell else None)   # DM, the shield
         if model.guidance != 1:
             r = times.uniform(batch.rand(), low, s.clamp(max=high))
             direction = direction + augmentation(x, process.noise(x, batch.randn(), r), r, batch.cond, batch.uncond, real, model.guidance)
-        return {"loss": losses.along(x, direction), **health}
+        return {"loss": losses.along(x, direction), **critic_fit(x, x_real, x_fake)}
 
     for _ in run.loop():
         for _ in range(cfg.critic_updates):

@@ -27,7 +27,6 @@ import torch
 
 from zoo import backbones, critics, losses, rollout, times
 from zoo.health import critic_fit
-from zoo.process import per_sample
 from zoo.run import Run, RunConfig, cli
 
 
@@ -52,17 +51,6 @@ class Config(RunConfig):
     tell_critic: bool = True               # the critic is given the student time its sample was made at, where the network takes a second scalar
     t_min: float = 0.02                    # range of the student's renoising times
     t_max: float = 0.98
-
-
-def dmd_direction(x, x_t, t, cond, uncond, real, fake, guidance, at=None):
-    """Eq. 2 with the weight of DMD eq. 8, written on x0: ascent of log p_real - log p_fake, normalised per sample.
-
-    at [B]: the student time x was made at, for a critic that is told it."""
-    with torch.no_grad():
-        x_real = losses.guided(real, x_t, t, cond, uncond, guidance)
-        x_fake = fake(x_t, t, cond, r=at)
-        scale = losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5)
-        return per_sample(1 / scale, x) * (x_real - x_fake), critic_fit(x, x_real, x_fake)
 
 
 def main(cfg: Config) -> Run:
@@ -106,11 +94,11 @@ def main(cfg: Config) -> Run:
         x = G(z, at, batch.cond)
         at = at if tell else None
         x_t, t = renoised(batch, x)
-        direction, health = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance, at)
+        direction, x_real, x_fake = losses.dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance, at)   # eq. 2
         loss = losses.along(x, direction)
         if cfg.gan:
             loss = loss + cfg.gan * critics.generator(fake(x_t, t, batch.cond, r=at, logits=True)[1])
-        return {"loss": loss, **health}
+        return {"loss": loss, **critic_fit(x, x_real, x_fake)}
 
     for _ in run.loop():
         for _ in range(cfg.critic_updates):

@@ -55,12 +55,8 @@ class Config(RunConfig):
 
 def matching_direction(x, x_t, t, cond, uncond, real, fake, guidance):
     """Eq. 7 with the weight of eq. 8, on x0: ascent of log p_real - log p_fake, alpha_t (D_real - D_fake) / mean |x - D_real|."""
-    with torch.no_grad():
-        x_real = losses.guided(real, x_t, t, cond, uncond, guidance)
-        x_fake = fake(x_t, t, cond)
-        scale = losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5)
-        weight = real.process.coeffs(t)[0] / scale
-        return per_sample(weight, x) * (x_real - x_fake), critic_fit(x, x_real, x_fake)
+    direction, x_real, x_fake = losses.dmd_direction(x, x_t, t, cond, uncond, real, fake, guidance)
+    return per_sample(real.process.coeffs(t)[0], x) * direction, critic_fit(x, x_real, x_fake)
 
 
 def main(cfg: Config) -> Run:

@@ -28,7 +28,7 @@ import torch
 
 from zoo import backbones, calculus, critics, losses, rollout, times
 from zoo.health import critic_fit
-from zoo.process import RectifiedFlow, TrigFlow, per_sample, view
+from zoo.process import RectifiedFlow, TrigFlow, view
 from zoo.run import Run, RunConfig, cli
 
 
@@ -75,15 +75,6 @@ def tangent(velocity, x_t, t, dx, how, h):
         return losses.trigflow_tangent(v, dv, x_t, t, dx)
 
 
-def score_direction(x, x_t, t, cond, uncond, real, fake, guidance):
-    """Ascent of log p_real - log p_fake at the student's sample x, written on x0 and normalised per sample (DMD)."""
-    with torch.no_grad():
-        x_real = losses.guided(real, x_t, t, cond, uncond, guidance)
-        x_fake = fake(x_t, t, cond)
-        scale = losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5)
-        return per_sample(1 / scale, x) * (x_real - x_fake), critic_fit(x, x_real, x_fake)
-
-
 def main(cfg: Config) -> Run:
     model = backbones.load(cfg.teacher, cfg.data, cfg.guidance)
     run = Run(cfg, model)
@@ -125,9 +116,10 @@ def main(cfg: Config) -> Run:
         if run.step >= cfg.dmd_after:
             x = F(*rollout_input(batch), batch.cond)
             s = score_time(batch)
-            direction, health = score_direction(x, flow.noise(x.detach(), batch.randn(), s), s, batch.cond, batch.uncond, real, fake, model.guidance)
+            x_s = flow.noise(x.detach(), batch.randn(), s)
+            direction, x_real, x_fake = losses.dmd_direction(x, x_s, s, batch.cond, batch.uncond, real, fake, model.guidance)
             loss = loss + cfg.dmd * losses.along(x, direction)
-            logged |= health
+            logged |= critic_fit(x, x_real, x_fake)
         return {"loss": loss, **logged}
 
     for step in run.loop():

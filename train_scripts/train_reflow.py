@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from zoo import backbones, losses, rollout, times
+from zoo import backbones, rollout, times
 from zoo.data import pairs
 from zoo.process import RectifiedFlow, per_sample, view
 from zoo.run import Run, RunConfig, cli

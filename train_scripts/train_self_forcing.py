@@ -75,15 +75,6 @@ def ode_path(real, noise, cond, uncond, w, knots, substeps):
     return [*states, x]
 
 
-def dmd_direction(x, x_t, t, cond, uncond, real, fake, guidance):
-    """Ascent of log p_real - log p_fake on whole videos [B, F, C, H, W], normalised per video (DMD, eq. 7-8, on x0)."""
-    with torch.no_grad():
-        x_real = losses.guided(real, x_t, t, cond, uncond, guidance)
-        x_fake = fake(x_t, t, cond)
-        scale = losses.per_sample_mean((x - x_real).abs()).clamp(min=1e-5)
-        return per_sample(1 / scale, x) * (x_real - x_fake), critic_fit(x, x_real, x_fake)
-
-
 def main(cfg: Config) -> Run:
     model = backbones.load(cfg.teacher, cfg.data, cfg.guidance)
     if model.family != "video":
@@ -122,8 +113,8 @@ def main(cfg: Config) -> Run:
     def student_loss(batch):
         x = rollout(batch)
         x_t, t, _ = renoised(batch, x)
-        direction, health = dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance)
-        return {"loss": losses.along(x, direction), **health}
+        direction, x_real, x_fake = losses.dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance)
+        return {"loss": losses.along(x, direction), **critic_fit(x, x_real, x_fake)}
 
     for step in run.loop():
         if step < cfg.ode_steps:

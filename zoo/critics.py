@@ -1,7 +1,6 @@
 """What a critic adds to a score network: a denoising loss on the student's samples and a GAN head on tapped features."""
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -27,6 +27,23 @@ def guided(net, x: Tensor, t: Tensor, cond: dict, uncond: dict, w: float | Tenso
     return out_u + w * (out_c - out_u)
 
 
+def normalised(direction: Tensor, x: Tensor, x_real: Tensor) -> Tensor:
+    """direction / mean |x - x_real|, sample by sample (DMD, eq. 8)."""
+    return direction / per_sample(per_sample_mean((x - x_real).abs()).clamp(min=1e-5), x)
+
+
+@torch.no_grad()
+def dmd_direction(x: Tensor, x_t: Tensor, t: Tensor, cond: dict, uncond: dict, real, fake, guidance: float | Tensor,
+                  at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where distribution matching pushes student samples x (DMD2, eq. 2, with the weight of DMD, eq. 8, written on x0).
+
+    (x_real - x_fake) / mean |x - x_real| from the guided teacher's and the critic's estimates at x_t: ascent of
+    log p_real - log p_fake. at [B]: the student time x was made at, for a critic that is told it. Returns (direction, x_real, x_fake)."""
+    x_real = guided(real, x_t, t, cond, uncond, guidance)
+    x_fake = fake(x_t, t, cond, r=at)
+    return normalised(x_real - x_fake, x, x_real), x_real, x_fake
+
+
 def without_prompt(cond: dict, uncond: dict, dropped: Tensor) -> dict:
     """cond, the samples where `dropped` [B] is true replaced by uncond."""
     return {k: torch.where(per_sample(dropped, v), uncond[k], v) for k, v in cond.items()}

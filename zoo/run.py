@@ -121,7 +121,8 @@ class Run:
         on_cpu = not torch.cuda.is_available()
         if on_cpu and os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
             # `accelerate launch` exports OMP_NUM_THREADS=1 for a single CPU process, nearly halving its speed.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self.out = Path(cfg.output_dir or f"outputs/{cfg.method}-{Path(str(model.name)).name}")
         precision = cfg.mixed_precision
         if precision == "auto":

@@ -13,7 +13,6 @@ from zoo.toy import Gaussian, Mixture, sliced_wasserstein
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "train_scripts"))
 import train_decoupled_dmd as script  # noqa: E402
-import train_dmd  # noqa: E402
 
 RF = RectifiedFlow()
 WORLD = Mixture(torch.tensor([[-1.0], [1.0]]), torch.tensor([0.5, 0.5]))      # classes +-1, std .5
@@ -42,11 +41,11 @@ def test_the_split_is_exact():
     x, x_t, t = draw(4096)
     cond, uncond = conditions(len(x))
     fake = Gaussian(0.3, 1.0)
-    dm, ca = script.matching(x, x_t, t, cond, WORLD, fake)[0], script.augmentation(x, x_t, t, cond, uncond, WORLD, W)
+    dm, ca = losses.dmd_direction(x, x_t, t, cond, uncond, WORLD, fake, 1.0)[0], script.augmentation(x, x_t, t, cond, uncond, WORLD, W)
     guided = losses.guided(WORLD, x_t, t, cond, uncond, W)
     whole = guided - fake(x_t, t)
     assert ((dm + ca) * scale(x, x_t, t, cond) - whole).abs().max() < 1e-9
-    dmd = train_dmd.dmd_direction(x, x_t, t, cond, uncond, WORLD, fake, W)[0] * losses.per_sample_mean((x - guided).abs())[:, None]
+    dmd = losses.dmd_direction(x, x_t, t, cond, uncond, WORLD, fake, W)[0] * losses.per_sample_mean((x - guided).abs())[:, None]
     assert ((dm + ca) * scale(x, x_t, t, cond) - dmd).abs().max() < 1e-9
     off_by_one = script.augmentation(x, x_t, t, cond, uncond, WORLD, W + 1)              # mutation: w for w - 1
     assert ((dm + off_by_one) * scale(x, x_t, t, cond) - whole).abs().max() > 0.1
@@ -66,7 +65,7 @@ def train_linear(steps, spear=(0.02, 0.98), shield=True, start=(0.3, 1.0)):
         step = script.augmentation(x, x_r, r, cond, uncond, WORLD, W) * scale(x, x_r, r, cond)
         if shield:
             x_t = RF.noise(x, eps, t)
-            step = step + script.matching(x, x_t, t, cond, WORLD, Gaussian(m.item(), s.abs().item()))[0] * scale(x, x_t, t, cond)
+            step = step + losses.dmd_direction(x, x_t, t, cond, uncond, WORLD, Gaussian(m.item(), s.abs().item()), 1.0)[0] * scale(x, x_t, t, cond)
         m, s = m + 0.02 * step.mean(), s + 0.02 * (step * z).mean()
     return m.item(), s.item()
 

@@ -47,7 +47,7 @@ def test_direction_carries_alpha_and_is_normalised():
         process = RF
         def __init__(self, by):
             self.by = by
-        def __call__(self, x_t, t, cond, to="x0"):
+        def __call__(self, x_t, t, cond, r=None, to="x0"):
             return self.by * x_t
     x_t = RF.noise(x, torch.randn(x.shape, generator=g, dtype=torch.float64), t)
     d, _ = script.matching_direction(x, x_t, t, {}, {}, Scaled(0.5), Scaled(0.2), 1.0)

@@ -77,9 +77,9 @@ def test_score_direction_vanishes_when_fake_is_real_and_points_to_the_data_other
     x = -1 + 0.7 * torch.randn(2000, 1, generator=g, dtype=torch.float64)
     t = 0.05 + 1.45 * torch.rand(2000, generator=g, dtype=torch.float64)
     x_t = FLOW.noise(x, torch.randn(2000, 1, generator=g, dtype=torch.float64), t)
-    assert script.score_direction(x, x_t, t, {}, {}, real, real, 1.0)[0].abs().max() == 0
-    toward = script.score_direction(x, x_t, t, {}, {}, real, fake, 1.0)[0]
-    assert toward.mean() > 0 and script.score_direction(x, x_t, t, {}, {}, fake, real, 1.0)[0].mean() < 0      # swapped: away
+    assert losses.dmd_direction(x, x_t, t, {}, {}, real, real, 1.0)[0].abs().max() == 0
+    toward = losses.dmd_direction(x, x_t, t, {}, {}, real, fake, 1.0)[0]
+    assert toward.mean() > 0 and losses.dmd_direction(x, x_t, t, {}, {}, fake, real, 1.0)[0].mean() < 0      # swapped: away
     # Half the squared distance to x + direction has the direction as its descent; a sample of 1 / |x - D|_1 normalises each.
     x_real, x_fake = real(x_t, t, {}), fake(x_t, t, {})
     assert torch.allclose(toward, (x_real - x_fake) / (x - x_real).abs())

@@ -20,7 +20,7 @@ from zoo.denoiser import CALLS  # noqa: E402
 from zoo.hub.card import lint  # noqa: E402
 from zoo.metrics import text as metrics  # noqa: E402
 from zoo.tokens import HIDDEN, Masked, subs  # noqa: E402
-from zoo.toy_tokens import Chain, Table, copy, divergences, sampler_law, states  # noqa: E402
+from zoo.toy_tokens import Chain, copy, divergences, sampler_law, states  # noqa: E402
 
 D = torch.float64
 SEVENTY = torch.tensor([0.7, 0.3], dtype=D)

@@ -261,7 +261,7 @@ def test_direction_vanishes_when_fake_is_real_and_points_to_the_data():
     x, label = clips[[1, 1, 1]] * 0.5, {"label": torch.tensor([1, 1, 1])}
     t = torch.tensor([0.2, 0.5, 0.8])
     x_t = RF.noise(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), t)
-    direction = lambda fake: script.dmd_direction(x, x_t, t, label, label, real, fake, 1.0)[0]
+    direction = lambda fake: losses.dmd_direction(x, x_t, t, label, label, real, fake, 1.0)[0]
     assert direction(real).abs().max() == 0
     assert direction(other).min() > 0                     # real is +1 and fake is -2 there: up
     assert torch.allclose(direction(other), torch.full_like(x, 6.0), atol=0.1)       # (1 - -2) over |.5 - 1|, per video
@@ -379,16 +379,16 @@ def test_life_of_a_run(folder, tmp_path, monkeypatch):
     same = dict(teacher=str(folder), batch=4, steps=4, ode_steps=2, ode_substeps=1, checkpoint_every=1, critic_updates=1)
     monkeypatch.setattr(Video, "watched", (4, 2))
     run = script.main(settings(tmp_path, "whole", **same, sample_every=4))
-    real, calls = script.dmd_direction, []
+    real, calls = losses.dmd_direction, []
     def fatal(*args):
         calls.append(0)
         if len(calls) == 2:
             raise Killed
         return real(*args)
-    monkeypatch.setattr(script, "dmd_direction", fatal)
+    monkeypatch.setattr(losses, "dmd_direction", fatal)
     with pytest.raises(Killed):
         script.main(settings(tmp_path, "killed", **same, sample_every=4))
-    monkeypatch.setattr(script, "dmd_direction", real)
+    monkeypatch.setattr(losses, "dmd_direction", real)
     script.main(settings(tmp_path, "killed", **same, sample_every=4))
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert a.keys() == b.keys() and all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])

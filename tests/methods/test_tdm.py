@@ -12,7 +12,6 @@ from zoo.process import VP, RectifiedFlow
 from zoo.toy import Gaussian, sliced_wasserstein
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "train_scripts"))
-import train_dmd  # noqa: E402
 import train_tdm as script  # noqa: E402
 
 RF = RectifiedFlow()
@@ -64,7 +63,7 @@ def test_one_step_is_dmd_with_a_huber_distance(process):
     assert torch.equal(script.noised_on(process, eps, 0 * u, u, n), n)
     x_u, real, fake = process.noise(x, n, u), Scaled(0.5, process), Scaled(0.2, process)
     x.requires_grad_(True)
-    direction = train_dmd.dmd_direction(x, x_u, u, {}, {}, real, fake, 1.0)[0]
+    direction = losses.dmd_direction(x, x_u, u, {}, {}, real, fake, 1.0)[0]
     def gradient(c):
         return torch.autograd.grad(script.student_objective(x, x_u, u, {}, {}, real, fake, 1.0, c)[0], x)[0]
     narrow, wide = gradient(5.4e-4), gradient(1e4) * 1e4

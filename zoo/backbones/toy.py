@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import torch
 
-from ..denoiser import Denoiser
 from ..process import RectifiedFlow
 from ..toy import ToyNet, ring
 from .base import Backbone, Examples, Source
