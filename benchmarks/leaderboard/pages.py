@@ -106,6 +106,19 @@ def markdown(entries: list[dict], facts: dict) -> str:
     return "\n".join(lines)
 
 
+def papers(entries: list[dict], here: Path) -> str:
+    """What each method's own paper reports, beside our best row: other data, networks and budgets, never to be compared as numbers."""
+    best = {g[0]["who"]: min(g, key=lambda r: r["kid_efflite0"][0]) for g in sorted(by_student(average(flat(entries))), key=lambda g: -min(r["kid_efflite0"][0] for r in g)) if g[0]["kind"] == "method"}
+    with open(here / "paper_numbers.csv", encoding="utf-8", newline="") as file:
+        known = {row["method"]: row for row in csv.DictReader(file)}
+    lines = ["| method | the paper's own number | calls | from | ours: `kid_efflite0` | calls |", "|---|---|---|---|---|---|"]
+    for who, ours in sorted(best.items()):
+        row = known.get(who, {})
+        theirs = f"{row['metric']} {row['value']}, {row['dataset']}" if row.get("metric") else "none"
+        lines.append(f"| {who} | {theirs} | {row.get('calls', '')} | {row.get('source', '')} | {show(ours['kid_efflite0'])} | {ours['calls']} |")
+    return "\n".join(lines)
+
+
 def short(entries: list[dict], facts: dict, top: int = 10) -> str:
     """The project README's table: the best students by their best row at no more than 4 calls."""
     students = [[r for r in g if r["calls"] <= 4] for g in by_student(average(flat(entries))) if g[0]["kind"] in ("method", "untrained")]
@@ -242,4 +255,5 @@ def publish(board, work: Path, here: Path, root: Path):
         boards.append((folder.name, rows, json.loads((folder / "board.json").read_text())))
     text = "\n\n".join(f"{markdown(rows, facts)}\n\n![quality against calls]({name}/plot.png)\n\n![samples]({name}/samples.png)" for name, rows, facts in boards)
     between(here / "README.md", "leaderboard", text)
+    between(here / "README.md", "papers", papers(boards[0][1], here))
     between(root / "README.md", "leaderboard", "\n\n".join(short(rows, facts) for _, rows, facts in boards))

@@ -58,7 +58,18 @@ def main_job(teacher: str, cfg: Config) -> dict:
                     "--time_budget", str(cfg.time_budget)], check=True, cwd=ROOT)
     steps = json.loads((out / "measured.json").read_text())
     return {"seconds": round(time.time() - began, 1), "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2, 2),
-            "training_seconds": round(steps["seconds"], 1), "student_steps": steps["steps"], "exported_step": steps["exported_step"], "folder": str(out / "student")}
+            "training_seconds": round(steps["seconds"], 1), "student_steps": steps["steps"], "exported_step": steps["exported_step"], "folder": str(out / "student"),
+            "own": own_measure(steps)}
+
+
+def own_measure(measured: dict) -> dict:
+    """Gap closed in the run's own measure (conditional kernel distance to the teacher's many-step samples), by steps, with its values."""
+    key = f"conditional_kid_{measured['space']}"
+    value = {(row["who"], row["steps"]): row[key] for row in measured["measured"]}
+    most = max(k for who, k in value if who == "teacher")
+    closed = {str(k): round((value["teacher", k] - value["student", k]) / (value["teacher", k] - value["teacher", most]), 2) for k in STUDENT_STEPS if ("student", k) in value}
+    return {"name": key, "samples": measured["samples"], "reference_steps": most, "gap_closed": closed,
+            "values": {f"{who} {k}": round(v) for (who, k), v in sorted(value.items())}}
 
 
 def install() -> dict:
@@ -159,7 +170,7 @@ def bench(teacher: str, cfg: Config) -> dict:
         state["rows"] = [r for r in state["rows"] if r["who"] != cfg.label]
         card = Path(cfg.student).parent / "measured.json"
         known = json.loads(card.read_text()) if card.exists() else {}
-        state["jobs"][cfg.label] = {"folder": cfg.student, **{k: known[k] for k in ("seconds", "steps", "exported_step") if k in known}}
+        state["jobs"][cfg.label] = {"folder": cfg.student, **{k: known[k] for k in ("seconds", "steps", "exported_step") if k in known}, **({"own": own_measure(known)} if known else {})}
     elif cfg.label not in state["jobs"]:
         state["jobs"][cfg.label] = main_job(teacher, cfg)
         save()
@@ -209,7 +220,11 @@ def readme(states: list[dict]):
             lines.append(f"| {r['who']} | {r['steps']} | {r['calls']} | {r['kid_efflite0']:.0f} ({r['low']:.0f} to {r['high']:.0f}) | {r[own]:.3f} | {r['diversity']:.3f} | {r['ms_per_image']:.1f} | {gap} |")
         missing = [k for k in TEACHER_STEPS if not any((r["who"], r["steps"]) == ("teacher", k) for r in s["rows"])]
         if missing:
-            lines += ["", f"Not measured yet: teacher at {', '.join(map(str, missing))} steps, and so the gap closed."]
+            lines += ["", f"Not measured yet: teacher at {', '.join(map(str, missing))} steps{', and so the gap closed' * (50 in missing)}."]
+        for label, job in s["jobs"].items():
+            if own := job.get("own"):
+                lines += ["", f"{label.capitalize()}, gap closed in the run's own measure (`{own['name']}`, {own['samples']} samples, to the teacher's {own['reference_steps']} steps): "
+                          + ", ".join(f"{v:.2f} at {k}" for k, v in sorted(own["gap_closed"].items())) + "."]
         lines.append("")
     path = ROOT / "README.md"
     block = "<!-- results:begin -->\n" + "\n".join(lines) + "<!-- results:end -->"
