@@ -177,8 +177,7 @@ class Health:
     _lowest: float = math.inf
     _before: dict[str, float] = field(default_factory=dict)
 
-    def scalars(self, step: int, *, critic_loss: float, gap: float, relative: float, misfit: float,
-                floor: float | None = None) -> list[HealthWarning]:
+    def scalars(self, step: int, *, critic_loss: float, gap: float, relative: float, misfit: float) -> list[HealthWarning]:
         """One logged step: the critic's denoising loss and `critic_fit` (as they are or averaged since the
         last)."""
         self._lowest = min(self._lowest, critic_loss)
@@ -187,7 +186,7 @@ class Health:
         if len(self._trace) < self.window:
             return []
         m = {key: statistics.median(row[key] for row in self._trace) for key in self._trace[0]}
-        excess = m["loss"] / max(self._lowest if floor is None else floor, 1e-12)
+        excess = m["loss"] / max(self._lowest, 1e-12)      # its floor: the lowest it has been
         found = None
         if m["gap"] < 1e-3:
             found = f"the critic has not left the teacher (gap {m['gap']:.1e})"
