@@ -1,4 +1,5 @@
 """Counting network calls, and the leaderboard's pure pieces on tiny data; the guard itself is slow."""
+import csv
 import dataclasses
 import importlib
 import json
@@ -39,7 +40,7 @@ def load(name):
     return module
 
 
-run, curves = load("run"), load("curves")
+run, curves, other = load("run"), load("curves"), load("other")
 
 
 # ------------------------------------------------------------------------------------------------------- counting calls
@@ -231,7 +232,6 @@ def test_seeds_are_averaged_with_their_spread():
 
 
 def test_table_is_a_row_per_seed_and_count_and_an_error_is_a_row(tmp_path):
-    import csv
     pages.table(ENTRIES, tmp_path / "t.csv")
     rows = list(csv.DictReader(open(tmp_path / "t.csv")))
     assert len(rows) == 12 and [r["error"] for r in rows if r["who"] == "lcm"] == ["error: no images"]
@@ -439,3 +439,26 @@ def test_symptoms_name_every_warning_and_only_flags_that_exist():
     links = set(re.findall(r"\]\(#([^)]*)\)", page))
     assert links and links <= anchors, links - anchors
     assert page.count("<!-- curves:begin -->") == page.count("<!-- curves:end -->") == 1
+
+
+# ------------------------------------------------------------------------------------------------------- what stands beside the boards
+def test_every_image_method_has_a_line_about_its_papers_number():
+    with open(ROOT / "benchmarks/leaderboard/paper_numbers.csv", encoding="utf-8", newline="") as file:
+        rows = {r["method"]: r for r in csv.DictReader(file)}
+    assert set(rows) == {m.name for m in registry.METHODS if m.modality == "image"}
+    for row in rows.values():
+        assert row["source"] and bool(row["metric"]) == bool(row["value"]) == bool(row["dataset"]) == bool(row["calls"]), row
+
+
+def test_small_tables_hold_the_teacher_once_and_every_student(tmp_path, monkeypatch):
+    measured = [{"who": "teacher", "steps": 8, "calls": 8, "entropy": 2.5}, {"who": "student", "steps": 4, "calls": 4, "entropy": 2.25}]
+    entry = {"command": "python x", "hardware": "h", "seconds": 12.0, "steps": 3, "calls": 2_000_000, "measured": measured}
+    monkeypatch.setattr(other, "HERE", tmp_path)
+    assert other.table(("a", "b")) == "Not measured yet."
+    (tmp_path / "other").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "other" / f"{name}.json").write_text(json.dumps(entry))
+    lines = other.table(("a", "b")).splitlines()
+    assert lines[0] == "| model | steps | network calls | entropy |"
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["teacher", "a", "b"] and "| 4 | 4 | 2.25 |" in lines[4]
+    assert "2.00 M calls in 12 s" in lines[-1]

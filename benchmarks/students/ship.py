@@ -1,0 +1,50 @@
+"""Put a run's student into the package: weights in half precision, everything else as it was exported, the card rendered again.
+
+    python benchmarks/students/ship.py outputs/dmd-emoji/student dmd.emoji-4step
+
+Writes zoo/assets/students/<name>/ and says by how much halving the weights changed its pictures on one noise (range [0, 1]). The row of
+the registry (`zoo/registry.py`, OURS) is written by hand; `python -m zoo.hub.model_cards` makes the page of model_cards/."""
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def pictures(folder: Path, contract):
+    """[N, H, W, C] of one fixed noise at every step count."""
+    import numpy as np
+    from diffusers import ConsistencyModelPipeline, DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(str(folder))
+    pipe.set_progress_bar_config(disable=True)
+    what = {"class_labels": [1]} if isinstance(pipe, ConsistencyModelPipeline) else {"prompt": "fluent red heart", "guidance_scale": contract.guidance}
+    return {k: np.asarray(pipe(**what, num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="np").images) for k in contract.steps}
+
+
+def main(source: Path, name: str):
+    from zoo.hub.card import refresh
+    from zoo.hub.record import read_record
+    contract, _ = read_record(source)
+    target = ROOT / "zoo" / "assets" / "students" / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    for path in target.rglob("*.safetensors"):
+        halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        save_file(halved, path, metadata={"format": "pt"})
+    refresh(target)
+    before, after = pictures(source, contract), pictures(target, contract)
+    for k in before:
+        print(f"{k} steps: pictures changed by at most {abs(before[k] - after[k]).max():.4f}")
+    print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*') if p.is_file()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), sys.argv[2])
