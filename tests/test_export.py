@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -303,8 +302,8 @@ def test_contract_messages():
     with pytest.raises(UserError, match="trained for 1 step, not 4"):
         Contract(knots_for((1.0,), vp())).check(4)
     assert Contract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
-    with pytest.raises(UserError, match="schema 2"):
-        Contract.from_json(contract.to_json() | {"schema": 2})
+    with pytest.raises(UserError, match="schema 3"):
+        Contract.from_json(contract.to_json() | {"schema": 3})
 
 
 @pytest.mark.parametrize("rule", ["renoise", "ode"])
@@ -314,6 +313,33 @@ def test_a_grid_no_stock_scheduler_follows_is_refused_before_training(tmp_path_f
     contract = Contract(knots_for(times, vp()), rule, scheduler=scheduler)
     with pytest.raises(UserError, match="evenly spaced from 1"):
         scheduler_for(contract, {"num_train_timesteps": 1000})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_servers_and_stock_diffusers_read_the_same_folder(tmp_path, family):
+    """`dmd2_config` stands in model_index.json of a flow student, and stock diffusers opens and samples it all the same."""
+    from diffusers import DiffusionPipeline
+
+    sys.path.insert(0, str(Path(__file__).parent / "backbones"))
+    import tiny_b
+    from zoo.hub.verify import opens
+    tiny_b.build(family, tmp_path / "teacher")
+    model = load(str(tmp_path / "teacher"))
+    contract = contract_for(model, TIMES)
+    (tmp_path / "teacher" / "LICENSE").write_text("the teacher's terms")
+    folder = export_student(model, model.make("student"), tmp_path / "student", contract)
+    block = json.loads((folder / "model_index.json").read_text())["dmd2_config"]
+    assert block == {"num_inference_steps": 4, "denoising_timesteps": [1000, 750, 500, 250], "solver": "sde", "guidance_scale": contract.guidance}
+    assert (folder / "LICENSE").read_text() == "the teacher's terms"
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert Contract.from_json(pipe.scheduler.config["_fewstep"]) == contract
+    assert opens(folder, model.family) == []
+
+
+def test_dmd2_config_only_where_it_applies(exported):
+    for _, _, _, folder in exported[0].values():
+        assert "dmd2_config" not in (folder / "model_index.json").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------- card

@@ -77,6 +77,8 @@ def ode_path(real, noise, cond, uncond, w, knots, substeps):
 
 def main(cfg: Config) -> Run:
     model = backbones.load(cfg.teacher, cfg.data, cfg.guidance)
+    if model.family == "wan":
+        model = model.causal()
     if model.family != "video":
         raise UserError(f"--teacher {model.name} makes no video: give toy-video, a folder of make_video_teacher.py or a Wan 2.1 model")
     run = Run(cfg, model)

@@ -18,7 +18,9 @@ def along(x: Tensor, direction: Tensor) -> Tensor:
 def guided(net, x: Tensor, t: Tensor, cond: dict, uncond: dict, w: float | Tensor, to: str = "x0") -> Tensor:
     """Classifier-free guidance D_u + w (D_c - D_u); w = 1 (none) costs one call, else cond and uncond run as one batch.
 
-    w is a float or a tensor [B]."""
+    w is a float or a tensor [B]. A family whose pipeline guides in another way has its own rule, `net.guide`."""
+    if getattr(net, "guide", None) is not None:
+        return net.guide(net, x, t, cond, uncond, w, to)
     if not torch.is_tensor(w) and w == 1:
         return net(x, t, cond, to=to)
     both = {k: torch.cat([uncond[k], cond[k]]) for k in cond if k in uncond}

@@ -384,6 +384,8 @@ class Run:
             self.watcher.step()
         if self._due(cfg.checkpoint_every):
             self.save()
+            if self.watcher:
+                self.watcher.checkpointed()
 
     def _check(self, means: dict):
         from .health import exploding

@@ -5,12 +5,14 @@ the student's samples and the teacher's many-step samples, prompt by prompt, in 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 
 import torch
 
 from . import losses, metrics, rollout
+from .errors import UserError
 from .grid import grid
 from .health import Health, saturation
 
@@ -110,7 +112,7 @@ class Watcher:
         half = self.half = max(1, len(self.examples.names) // self.seeds // 2) * self.seeds
         self.latents = self.teach(TEACHER_STEPS, half, self.examples)
         self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 else None
-        if model.guidance != 1:
+        if model.guidance != 1 and getattr(model.teacher, "guide", None) is None:      # another rule of guidance has no scale to read off
             self.warn(self.health.applied(run.step, *self._guided_once(), model.guidance))
         self.shown = list(range(0, half, self.seeds))[:8]
         self.rows = [(f"teacher {TEACHER_STEPS} steps", model.decode(self.latents[self.shown])),
@@ -120,8 +122,9 @@ class Watcher:
     def _guided_once(self):
         """The teacher's guided, conditional and unconditional estimates at one noisy batch, for the health rule on the convention."""
         teacher = self.run.model.teacher
-        x, t = self._noise(8)[0], torch.full((8,), 0.7 * teacher.process.t_max, device=self.run.device)
-        cond, uncond = self._conditions(8, self.examples)
+        n = min(8, self.n)
+        x, t = self._noise(n)[0], torch.full((n,), 0.7 * teacher.process.t_max, device=self.run.device)
+        cond, uncond = self._conditions(n, self.examples)
         return losses.guided(teacher, x, t, cond, uncond, self.run.model.guidance), teacher(x, t, cond), teacher(x, t, uncond)
 
     def _pictures(self, latents):
@@ -280,8 +283,36 @@ class Watcher:
                                 facts={k: facts[k] for k in ("method", "chain", "exported_step", "steps")})
         print(f"student (step {step}) -> {folder}\n  {self.opened_by}({str(folder)!r})", file=sys.stderr)
         if run.cfg.push_to_hub:
-            from .hub.publish import push
-            print(f"pushed: {push(folder, run.cfg.push_to_hub)}", file=sys.stderr)
+            if url := self.pusher.finish(folder):
+                print(f"pushed: {url}", file=sys.stderr)
+            shutil.rmtree(run.out / "pushing", ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------------ the Hub, while it trains
+    @property
+    def pusher(self):
+        if "_pusher" not in self.__dict__:
+            from .hub.background import Pusher
+            self._pusher = Pusher(self.run.cfg.push_to_hub, lambda text: self.run.log({"warning": "push", "remedy": text}))
+        return self._pusher
+
+    def checkpointed(self):
+        """Called after every checkpoint: with --push_to_hub the student as it is leaves in the background, for the branch `training`,
+        unless the last one is still on its way. Only writing the folder takes time of the loop; no failure ends the run."""
+        run = self.run
+        if run.rank or not run.cfg.push_to_hub or not self.pusher.idle:
+            return
+        from .hub.card import write_card
+        from .hub.export import export_student
+        measured = [{"who": "student", "steps": k, "calls": k, **row} for k, row in self.last.get("rows", {}).items()]
+        facts = {"method": run.cfg.method, "measured": measured, "seconds": run.elapsed, "steps": run.step, "exported_step": run.step, "calls": run.calls,
+                 "command": command(run.cfg.method), "device": device_name(run.device), "chain": chain(run.cfg.init_student), "config": run.describe()}
+        net = self.student.net.reading({n: v.clone() for n, v in self.weights().items()})
+        try:
+            folder = export_student(run.model, net, run.out / "pushing", self.contract, lora_rank=run.cfg.lora, extra=lambda f: write_card(f, run.model, facts),
+                                    facts={k: facts[k] for k in ("method", "chain", "exported_step", "steps")})
+            self.pusher.offer(folder)
+        except UserError as error:
+            run.log({"warning": "push", "remedy": str(error)})
 
 
 def command(method: str) -> str:

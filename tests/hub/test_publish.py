@@ -1,25 +1,32 @@
 """Push a student with the real client and load it by repository id in a fresh process with an empty cache."""
 from __future__ import annotations
 
-import os
+import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import tiny
+from clients import Client, environment, folder, safetensors, same_files, whole
 from loopback import Loopback
+from zoo import loading
 from zoo.backbones import load
 from zoo.errors import UserError
+from zoo.hub import model_cards, retry, stage, verify
 from zoo.hub.card import write_card
 from zoo.hub.contract import contract_for
 from zoo.hub.export import export_student
 from zoo.hub.publish import push
+from zoo.hub.record import read_record
 
 PUSH = """
 import sys
@@ -45,13 +52,17 @@ stock["zoo"] = loading.load(sys.argv[3])("red heart", generator=seed(), **call).
 np.savez(sys.argv[1], *stock.values())
 """
 
+SAMPLE = """
+import json, sys, numpy as np, torch
+sys.modules["zoo"] = None
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[2])
+np.save(sys.argv[1], pipe(**json.loads(sys.argv[3]), generator=torch.Generator().manual_seed(0), output_type="np").images)
+"""
+
 
 def python(script, *arguments, hub, home):
-    root = str(Path(__file__).parents[2])
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
-        "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_any", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
-        "DIFFUSERS_DISABLE_REMOTE_CODE": "1", "PYTHONPATH": root, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], env=env, cwd=home, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], env=environment(hub, home), cwd=home, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -72,23 +83,61 @@ def test_push_then_load_by_id(student, tmp_path):
         homes = [tmp_path / n for n in ("push", "load")]
         for home in homes:
             home.mkdir()
-        url = python(PUSH, student, "me/heart", hub=hub, home=homes[0])
-        assert "/commit/" in url and len(hub.repos["me/heart"]) == 2                    # created empty, then one commit
-        tree = hub.repos["me/heart"][-1][1]
-        assert set(tree) == {p.relative_to(student).as_posix() for p in student.rglob("*") if p.is_file()}
-        assert b'from_pretrained("me/heart")' in hub.objects[tree["README.md"]]
+        url = python(PUSH, student, "me/heart", hub=hub, home=homes[0])                 # samples the commit from a fresh process
+        repo = hub.repos["models/me/heart"]
+        assert "/commit/" in url and len(repo.history()) == 2                           # created, then one commit
+        assert set(repo.tree()) - {".gitattributes"} == {p.relative_to(student).as_posix() for p in student.rglob("*") if p.is_file()}
+        assert b'from_pretrained("me/heart")' in hub.content("models/me/heart", "README.md")
         python(LOAD, tmp_path / "out.npz", student, "me/heart", hub=hub, home=homes[1])
         local, stock, ours = np.load(tmp_path / "out.npz").values()
         assert (local == stock).all() and (local == ours).all()
 
 
-def test_refused_push_says_what_to_do(student, tmp_path):
+@pytest.mark.parametrize("shipped", [pytest.param(p, id=p.name, marks=pytest.mark.slow) for p in model_cards.folders()])
+def test_a_shipped_student_travels(shipped, tmp_path):
+    """Pushed, pulled into an empty cache by a process without the package, sampled: the pictures `zoo.load` draws from the folder here."""
+    contract, record = read_record(shipped)
+    if not (shipped / "model_index.json").exists() or contract.sampler == "causal":
+        pytest.skip("no stock pipeline opens this family")
+    what = {"class_labels": [3]} if record["family"] == "pixel" else {"prompt": "fluent red heart"}
+    k = max(contract.knots)
+    call = what | contract.stock_call(k) | ({"guidance_scale": contract.guidance} if contract.guidance_range else {})
     with Loopback() as hub:
-        hub.refuse["/api/repos/create"] = [401, 403]
-        no_login, no_right, landed = python(PUSH, student, "me/a", "me/b", "me/c", hub=hub, home=tmp_path).strip().splitlines()
-        assert no_login.startswith("error:") and "(401)" in no_login and "hf auth login" in no_login
-        assert no_right.startswith("error:") and "(403)" in no_right and "write access" in no_right
-        assert "/commit/" in landed
+        for name in ("push", "load"):
+            (tmp_path / name).mkdir()
+        assert "/commit/" in python(PUSH, shipped, "me/shipped", hub=hub, home=tmp_path / "push")
+        python(SAMPLE, tmp_path / "out.npy", "me/shipped", json.dumps(call), hub=hub, home=tmp_path / "load")
+    pipe = loading.load(shipped)
+    pipe.set_progress_bar_config(disable=True)
+    ours = pipe(**what, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert ours.std() > 0.01 and (np.load(tmp_path / "out.npy") == ours).all()
+
+
+def test_a_non_commercial_base_is_found_on_the_hub(tmp_path):
+    made = folder("student", tmp_path / "mine")
+    text = (made / "README.md").read_text()
+    (made / "README.md").write_text(text.replace("license: mit", "license: mit\nbase_model: big/teacher\nbase_model_relation: finetune"))
+    with Loopback() as hub:
+        me = Client(hub, tmp_path / "a")
+        hub.make("models/big/teacher")
+        hub.write("models/big/teacher", "README.md", b"---\nlicense: cc-by-nc-4.0\n---\n")
+        assert "a student inherits it" in me.push(made, "me/thing")["error"] and "models/me/thing" not in hub.repos
+        (made / "README.md").write_text((made / "README.md").read_text().replace("license: mit", "license: cc-by-nc-4.0"))
+        assert "url" in me.push(made, "me/thing")
+
+
+@pytest.mark.slow
+def test_a_student_that_does_not_open_is_said_to_be_so(student, tmp_path):
+    """Whole and pushed, but its weights are not those of its configuration: found by the fresh process, and not tagged."""
+    broken = tmp_path / "broken"
+    shutil.copytree(student, broken)
+    safetensors(broken / "unet" / "diffusion_pytorch_model.safetensors", "a")
+    found = verify.verify(broken)
+    assert len(found) == 1 and "stock classes do not open it" in found[0]
+    assert verify.verify(student) == []
+    config = broken / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("LCMScheduler", "DDIMScheduler", 1))
+    assert any("the contract says LCMScheduler" in line for line in verify.verify(broken))
 
 
 def test_bad_card_or_folder_is_refused_before_any_request(student, tmp_path):
@@ -99,3 +148,139 @@ def test_bad_card_or_folder_is_refused_before_any_request(student, tmp_path):
         push(broken, "me/heart")
     with pytest.raises(UserError, match="not an exported student"):
         push(student / "unet", "me/heart")
+
+
+# ------------------------------------------------------------------------------------------------------- without torch
+@pytest.mark.parametrize("name, data, complaint", [
+    ("unet/model.bin", b"x", "unet/model.bin is a pickle"), ("w.pt", b"x", "w.pt is a pickle"),
+    ("w.safetensors", b"PK\x03\x04 and what a zipped pickle holds", "w.safetensors is a pickle under another name"),
+    ("w.safetensors", b"\x08\0\0\0\0\0\0\0{       ", "w.safetensors is not a whole safetensors file"),
+    ("pipeline.py", b"x = 1", "pipeline.py is code"), ("run.json", b'{"a": "hf_abcdefghijklmnop"}', "run.json holds an access token")])
+def test_what_must_not_leave(tmp_path, monkeypatch, name, data, complaint):
+    made = folder("student", tmp_path / "mine")
+    (made / name).write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(complaint)) as said:
+        push(made, "me/thing")
+    assert "hf_abc" not in str(said.value)
+    assert any(complaint in line for line in verify.verify(made))
+
+
+def test_the_token_in_use_does_not_leave_either(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "short-secret")
+    made = folder("card", tmp_path / "mine")
+    (made / "README.md").write_text((made / "README.md").read_text() + "short-secret")
+    with pytest.raises(UserError, match="README.md holds an access token"):
+        push(made, "me/thing")
+
+
+def test_a_scheduler_that_is_not_the_contracts_does_not_leave(tmp_path):
+    made = folder("student", tmp_path / "mine")
+    config = made / "scheduler" / "scheduler_config.json"
+    for old, new, complaint in (('"_class_name": "LCMScheduler"', '"_class_name": "DDIMScheduler"', "the contract says LCMScheduler"),
+                                ('"guidance": 1.0', '"guidance": 2.0', "is not the one in fewstep.json"), ('"_fewstep"', '"_other"', "has no contract")):
+        text = config.read_text()
+        assert old in text
+        config.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match=complaint):
+            push(made, "me/thing")
+        config.write_text(text)
+
+
+def test_links_that_leave_the_folder(tmp_path):
+    made = folder("student", tmp_path / "mine")
+    (made / "notes.txt").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="notes.txt is a link"):
+        push(made, "me/thing")
+
+
+def test_a_repository_with_a_pickle_or_a_bad_path_is_not_downloaded(tmp_path):
+    with Loopback() as hub:
+        hub.make("models/me/bad")
+        hub.write("models/me/bad", "unet/diffusion_pytorch_model.bin", b"x")
+        hub.make("models/me/escape")
+        hub.write("models/me/escape", "../outside.json", b"{}")
+        out = python("import json, sys\nfrom zoo.hub.verify import verify\nprint(json.dumps([verify(r) for r in sys.argv[1:]]))", "me/bad", "me/escape", hub=hub, home=tmp_path)
+        pickle, escape = json.loads(out)
+        assert pickle == ["unet/diffusion_pytorch_model.bin is a pickle: opening it can run code; it was not downloaded"]
+        assert escape == ["'../outside.json' leaves the folder: do not open this repository"]
+        assert not [p for _, p in hub.log if "/resolve/" in p]
+
+
+def test_private_gated_branch_tag_collection_in_parts_and_pages(tmp_path):
+    made = folder("student", tmp_path / "mine")
+    with Loopback(page=2, part=20_000) as hub:
+        me, other = Client(hub, tmp_path / "a"), Client(hub, tmp_path / "b", "hf_reader")
+        assert "url" in me.push(made, "me/thing", private=True, tag="v1", collection="Few-step students")
+        repo = hub.repos["models/me/thing"]
+        assert repo.private and whole(hub, "models/me/thing", made) and repo.tags["v1"] == repo.branches["main"]
+        assert [i["id"] for c in hub.collections.values() for i in c["items"]] == ["me/thing"]
+        assert "url" in me.push(made, "me/thing", tag="v1", collection="Few-step students") and len(repo.history()) == 2       # nothing to do
+        read = "import sys\nfrom zoo.errors import UserError\nfrom zoo.hub.verify import verify\ntry: print(verify('me/thing'))\nexcept UserError as e: print(e)"
+        ask = lambda who: python_as(who, read)
+        assert "(404)" in ask(other) and "private" in ask(other)
+        repo.private, repo.gated = False, True
+        assert "me/thing is gated" in ask(other)
+        repo.gated = False
+        assert "error" in me.push(made, "me/thing", private=True)                          # public by now: not made private behind one's back
+        assert hub.secrets == []
+
+
+def python_as(who, script):
+    out, err = who.start(script).communicate(timeout=120)
+    return out + err
+
+
+def test_the_lora_of_a_student_as_a_repository_of_its_own(tmp_path):
+    made = folder("student", tmp_path / "mine")
+    with pytest.raises(UserError, match="train with --lora"):
+        stage.lora_folder(made, tmp_path / "none")
+    weights = made / "pytorch_lora_weights.safetensors"
+    safetensors(weights, "a")
+    with pytest.raises(UserError, match="without it alpha is lost"):
+        push(made, "me/thing")
+    safetensors(weights, "a", metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
+    lora = stage.lora_folder(made, tmp_path / "lora")
+    assert sorted(stage.files(lora)) == ["README.md", "fewstep.json", "grid.png", "pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json"]
+    with Loopback() as hub:
+        assert "url" in Client(hub, tmp_path / "a").push(lora, "me/lora")
+        pulled = Path(Client(hub, tmp_path / "b").pull("me/lora")["folder"])
+        assert same_files(lora, pulled, "me/lora")
+
+
+def test_parts_of_an_earlier_student_leave_with_the_push_that_replaces_it(tmp_path):
+    first, second = folder("student", tmp_path / "first", "a"), folder("student", tmp_path / "second", "b")
+    safetensors(first / "two_time" / "diffusion_pytorch_model.safetensors", "a")
+    with Loopback() as hub:
+        me = Client(hub, tmp_path / "a")
+        assert "url" in me.push(first, "me/thing")
+        hub.write("models/me/thing", "notes.txt", b"mine", "me")
+        hub.fault("/commit/", drop="after")
+        assert "url" in me.push(second, "me/thing")
+        repo = hub.repos["models/me/thing"]
+        assert len(repo.history()) == 4 and whole(hub, "models/me/thing", second)
+        assert set(repo.tree()) == {*stage.files(second), "notes.txt", ".gitattributes"}
+        assert whole(hub, "models/me/thing", first, repo.history()[2])               # the old version is still there, whole
+
+
+def test_retry_reads_what_the_server_asked_for():
+    def error(status, **headers):
+        e = RuntimeError("x")
+        e.response = SimpleNamespace(status_code=status, headers=headers)
+        return e
+    assert retry.wait_for(error(429, **{"retry-after": "7"}), 0) == 8
+    assert retry.wait_for(error(429, ratelimit='"api";r=0;t=3'), 0) == 4
+    assert retry.wait_for(error(429, **{"retry-after": "9999"}), 0) is None
+    assert retry.wait_for(error(403), 0) is None and retry.wait_for(ValueError(), 0) is None
+    assert 0.75 <= retry.wait_for(error(503), 0) <= 1.25 and 6 <= retry.wait_for(error(503), 3) <= 10
+    assert retry.wait_for(ConnectionError("Network error: 403 for xet-write-token"), 0) is None
+    outer = RuntimeError("Error while uploading")
+    outer.__cause__ = error(500)
+    assert retry.wait_for(outer, 0) and retry.status(outer) == 500
+    assert retry.scrub("Bearer hf_abcdefgh1234 sent") == "Bearer hf_*** sent"
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route hf_abcdefgh1234"), TimeoutError("slow")])
+def test_errors_are_said_without_tokens(error):
+    said = str(retry.translate(error, "me/thing"))
+    assert "me/thing was not changed" in said and "hf_abc" not in said
+    assert retry.translate(KeyError("a bug"), "me/thing") is None

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 from ..errors import UserError
@@ -13,8 +14,27 @@ ASSETS = Path(__file__).parent.parent / "assets"
 BUILT_IN = {"emoji": {"folder": "emoji/teacher", "guidance": 2.0, "data": "emoji"},
             "fashion": {"folder": "fashion/teacher", "guidance": 2.0, "data": "fashion"},
             "avatars": {"folder": "avatars/teacher", "guidance": 2.0, "data": "avatars"}}
-FAMILIES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "sd",
-            "ConsistencyModelPipeline": "pixel", "DDPMPipeline": "pixel", "DDIMPipeline": "pixel", "WanPipeline": "video"}
+# Pipeline class of a folder -> "module:class" of its adapter: a family is one file here and its lines in this table.
+FAMILIES = {
+    "StableDiffusionPipeline": "sd:StableDiffusion",
+    "LatentConsistencyModelPipeline": "sd:StableDiffusion",
+    "StableDiffusionXLPipeline": "sdxl:StableDiffusionXL",
+    "PixArtAlphaPipeline": "pixart:PixArt",
+    "PixArtSigmaPipeline": "pixart:PixArt",
+    "SanaPipeline": "sana:Sana",
+    "DiTPipeline": "dit:DiT",
+    "ConsistencyModelPipeline": "pixel:Pixel",
+    "DDPMPipeline": "pixel:Pixel",
+    "DDIMPipeline": "pixel:Pixel",
+    "StableDiffusion3Pipeline": "sd3:StableDiffusion3",
+    "FluxPipeline": "flux:Flux",
+    "Flux2KleinPipeline": "flux2:Flux2Klein",
+    "QwenImagePipeline": "qwen_image:QwenImage",
+    "ZImagePipeline": "zimage:ZImage",
+    "WanPipeline": "wan:wan",
+    "CogVideoXPipeline": "cogvideox:CogVideoX",
+    "LTXPipeline": "ltx:LTX",
+}
 
 __all__ = ["Backbone", "Custom", "Examples", "Source", "load"]
 
@@ -35,20 +55,21 @@ def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
     else:
         folder, known = _locate(teacher)
         kind = _pipeline_class(folder, teacher)
-        if kind not in FAMILIES:
-            raise UserError(f"{teacher} is a {kind}, which has no adapter yet: supported are {', '.join(sorted(FAMILIES))}")
-        if FAMILIES[kind] == "sd":
-            from .sd import StableDiffusion as family
-        elif FAMILIES[kind] == "video":
-            from .video import Video as family
-        else:
-            from .pixel import Pixel as family
+        family = adapter(kind, teacher)
         model = family(folder, name=teacher, data=known.get("data", ""), guidance=known.get("guidance", 0.0))
     if data:
         model.data = data
     if guidance:
         model.guidance = guidance
     return model
+
+
+def adapter(kind: str, name: str = "") -> type[Backbone]:
+    """The Backbone class serving pipelines of class `kind`; `name` is what the user asked for. Raises UserError naming the supported ones."""
+    if kind not in FAMILIES:
+        raise UserError(f"{name or 'the teacher'} is a {kind}, which has no adapter yet: supported are {', '.join(sorted(FAMILIES))}")
+    module, _, cls = FAMILIES[kind].partition(":")
+    return getattr(import_module(f".{module}", __name__), cls)
 
 
 def _locate(teacher: str) -> tuple[str, dict]:

@@ -11,8 +11,9 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import data as datasets_
 from ..critics import GanHead, Heads
-from ..denoiser import SLOT_DIM, Denoiser, add_adapter, add_slot, checkpoint_activations
+from ..denoiser import SLOT_DIM, Denoiser, SlotEmbedding, add_adapter, add_slot, checkpoint_activations
 from ..errors import UserError
 from ..process import Pred, Process
 
@@ -41,7 +42,11 @@ class Backbone:
 
     name: as the user gave it; module: the teacher's network; process, pred: how its output is read;
     shape: one sample [C, H, W]; guidance: default teacher scale w; tap: submodule feeding a GAN head;
-    lora_targets: regular expression of the layers that get adapters."""
+    lora_targets: regular expression of the layers that get adapters; time_embeddings: paths of the network's diffusers
+    `TimestepEmbedding`s, where a second scalar is added; shift: the stock scheduler's k of `times.shifted` (flow matching);
+    folds_guidance: the stock pipelines leave guidance alone when the network has `time_cond_proj_dim` (Stable Diffusion);
+    stock_call: what a stock call must be told besides the number of steps, e.g. {"guidance_scale": 1.0};
+    pipeline_tag: the task of its students on the Hub."""
 
     name: str
     family: str
@@ -55,6 +60,11 @@ class Backbone:
     part = "unet"             # subfolder of the network in an exported folder
     watched: tuple[int, int] | None = None      # prompts and seeds of each that a run samples to measure (None: as many as pictures take)
     last: tuple[str, str] | None = ("conv_act", "conv_out")       # the output layer, after the submodule that feeds it
+    time_embeddings: tuple[str, ...] = ("time_embedding",)
+    shift: float = 1.0
+    folds_guidance = False
+    stock_call: dict = {}
+    pipeline_tag = "unconditional-image-generation"
     bf16_on_cpu = False       # whether bf16 autocast is faster on a CPU (measured: convolutional UNets gain, a small MLP loses)
     lora_targets = (r".*(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut|conv|"
                     r"time_emb_proj|linear_1|linear_2|cond_proj)")
@@ -81,7 +91,7 @@ class Backbone:
         module = self.module if lora else copy.deepcopy(self.module)
         slot = "r" if two_time else "guidance" if guidance_embedding else None
         if slot:
-            add_slot(module)
+            self.add_slot(module)
         if lora:
             add_adapter(module, role, lora, self.lora_targets)
         else:
@@ -97,7 +107,8 @@ class Backbone:
             for p in left:
                 p.requires_grad_(False)
         if callable(head) and self.last is None:
-            raise UserError(f"this method adds outputs to the network's last layer: set the teacher's attribute `last` to (the submodule that feeds it, its name) of {self.name}")
+            raise UserError(f"this method adds outputs to the network's last layer, and no submodule of the {self.family} family gives what that layer reads: "
+                            "choose another method (of your own network, set the attribute `last` to (the submodule that feeds it, its name))")
         tap, made = (self.last[0], head(module.get_submodule(self.last[1]))) if callable(head) else (self.tap, GanHead(*self.head_shape()) if head else None)
         module.eval()         # dropout and batch statistics stay off in every role; gradients do not depend on the mode
         return Denoiser(module, self.process, self.pred, self.forward, role=role if lora else None,
@@ -129,7 +140,24 @@ class Backbone:
     @property
     def takes_second_scalar(self) -> bool:
         """Whether `make(two_time=True)` is possible: the network has a diffusers time embedding to add a second scalar to."""
-        return hasattr(self.module, "time_embedding")
+        return all(_has(self.module, path) for path in self.time_embeddings)
+
+    def add_slot(self, module: nn.Module) -> None:
+        """Give `module` a second scalar input, zero at start, in each of `time_embeddings`; no-op if it has one. `Denoiser` sets it
+        through `module.time_embedding`, which on networks that have no such part is a plain attribute (`Slots`) outside the weights."""
+        if not self.takes_second_scalar:
+            raise UserError(f"{self.name} has no time embedding to add a second scalar to ({', '.join(self.time_embeddings)}): "
+                            f"methods of two times and guidance embeddings do not work with the {self.family} family")
+        if self.time_embeddings == ("time_embedding",):
+            return add_slot(module)
+        for path in self.time_embeddings:
+            if not hasattr(module.get_submodule(path), "condition"):
+                module.set_submodule(path, SlotEmbedding(module.get_submodule(path)))
+        module.__dict__["time_embedding"] = Slots([module.get_submodule(path) for path in self.time_embeddings])
+
+    def student_pipeline(self, module: nn.Module, scheduler):
+        """The teacher's own pipeline around another network and scheduler."""
+        return type(self.pipe)(**self.pipe.components | {self.part: module, "scheduler": scheduler})
 
     def head_shape(self) -> tuple[int, int | None]:
         """(channels, side) of the tapped feature map."""
@@ -157,21 +185,149 @@ class Backbone:
         return self
 
 
-class Memo:
-    """Results per item index, kept on the CPU up to `limit` items (oldest out first)."""
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
 
-    def __init__(self, compute: Callable[[list[int]], Tensor], limit: int = 100_000):
+
+class Slots:
+    """The second scalar of a network that embeds its time in other places than `time_embedding`, all set together."""
+
+    def __init__(self, parts: list[SlotEmbedding]):
+        self.parts = parts
+
+    @property
+    def condition(self) -> Tensor | None:
+        return self.parts[0].condition
+
+    @condition.setter
+    def condition(self, value: Tensor | None):
+        for part in self.parts:
+            part.condition = value
+
+
+class Blocks:
+    """Where a discriminator reads a transformer of equal blocks: the middle one, or a quarter, half and three quarters of the way."""
+
+    blocks = "transformer_blocks"
+    last = None               # its output layer reads a modulated norm that no submodule returns
+
+    @property
+    def tap(self) -> str:
+        return f"{self.blocks}.{len(self.module.get_submodule(self.blocks)) // 2}"
+
+    @property
+    def taps(self) -> list[str]:
+        n = len(self.module.get_submodule(self.blocks))
+        return [f"{self.blocks}.{i}" for i in sorted({n * k // 4 for k in (1, 2, 3)})]
+
+    def head_shape(self):
+        return self.module.config.num_attention_heads * self.module.config.attention_head_dim, None
+
+
+class Latent(Backbone):
+    """A pipeline of diffusers with an autoencoder. A family sets part, family and stock_guidance, calls `open` in its __init__ and gives
+    `forward`, `batches` and `examples`."""
+
+    stock_guidance = 7.5
+    large_encoders: tuple[str, ...] = ()       # billions of parameters: bf16 on a GPU, as their model cards run them
+
+    def open(self, folder: str, name: str, data: str, guidance: float, **parts) -> None:
+        """Load the pipeline, float32 and frozen (`parts` replace components); sets pipe, module, folder, name, data and guidance."""
+        from diffusers import DiffusionPipeline
+
+        self.folder, self.name, self.data = folder, name, data
+        self.guidance = guidance or self.stock_guidance
+        precision = {"default": torch.float32} | {part: torch.bfloat16 for part in self.large_encoders if torch.cuda.is_available()}
+        self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=precision, use_safetensors=True, **parts)
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self.module = getattr(self.pipe, self.part)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] to scaled latents (mode)."""
+        vae = self.pipe.vae
+        latents = torch.cat([vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in images.split(32)])
+        return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, x):
+        vae = self.pipe.vae
+        z = x.float() / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        return torch.cat([vae.decode(part.to(vae.dtype), return_dict=False)[0] for part in z.split(32)]).float().clamp(-1, 1)
+
+    def to(self, device):
+        self.pipe.to(device)
+        return self
+
+
+class Prompted(Latent):
+    """A text-to-image pipeline: prompts and pictures of --data, encoded by the pipeline's own parts. A family gives `forward` and `conditions`."""
+
+    pipeline_tag = "text-to-image"
+
+    def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What `forward` reads as cond, each [n, ...] in float32, exactly as the stock pipeline encodes the prompts."""
+        raise NotImplementedError
+
+    def unconditional(self) -> dict[str, Tensor]:
+        """The conditions [1, ...] of the stock pipeline's unguided half."""
+        return self.conditions([""])
+
+    def batches(self, images=False):
+        if not self.data:
+            raise UserError(f"{self.name} comes without {'captioned images' if images else 'prompts'}: give --data {'FOLDER' if images else 'prompts.txt'}")
+        if images:
+            pixels, table = datasets_.load(self.data, self.shape[-1] * self.pipe.vae_scale_factor, 3)
+            if "caption" not in table.column_names:
+                raise UserError(f"--data {self.data} has no caption column (caption, text or prompt) beside its images: it has {', '.join(table.column_names)}")
+            captions = list(table["caption"])
+            latents = Memo(lambda i: self.encode(pixels[i]))
+        else:
+            captions = datasets_.prompts(self.data)
+        embeddings = Memo(lambda i: self.conditions([captions[j] for j in i]), limit=20_000)
+        empty = self.unconditional()
+
+        def get(index):
+            fields = {"cond": embeddings(index), "uncond": _repeat(empty, len(index))}
+            return fields | ({"x0": latents(index)} if images else {})
+        return Source(len(captions), get)
+
+    def examples(self, n, seeds=1):
+        captions = sorted(set(datasets_.prompts(self.data)))
+        pick = torch.randperm(len(captions), generator=torch.Generator().manual_seed(7))[:n].tolist()
+        names = [captions[i] for i in pick for _ in range(seeds)]
+        with torch.no_grad():
+            return Examples(names, self.conditions(names), _repeat(self.unconditional(), len(names)))
+
+
+def _repeat(cond: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    return {k: v.expand(n, *v.shape[1:]) for k, v in cond.items()}
+
+
+class Memo:
+    """Results per item index, kept on the CPU up to `limit` items (oldest out first). compute(items) gives a tensor [n, ...] or a dict of them."""
+
+    def __init__(self, compute: Callable[[list[int]], Tensor | dict[str, Tensor]], limit: int = 100_000):
         self.compute, self.limit, self.kept = compute, limit, OrderedDict()
 
-    def __call__(self, index: Tensor) -> Tensor:
+    def __call__(self, index: Tensor) -> Tensor | dict[str, Tensor]:
         wanted = index.tolist()
         missing = sorted({i for i in wanted if i not in self.kept})
         fresh = {}
         if missing:
             with torch.no_grad():
-                fresh = dict(zip(missing, self.compute(missing).cpu()))
-        out = torch.stack([fresh[i] if i in fresh else self.kept[i] for i in wanted])
+                made = self.compute(missing)
+            fields = made if isinstance(made, dict) else {"": made}
+            fresh = {i: {k: v[j].cpu() for k, v in fields.items()} for j, i in enumerate(missing)}
+        rows = [fresh[i] if i in fresh else self.kept[i] for i in wanted]
+        out = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
         self.kept.update(fresh)
         while len(self.kept) > self.limit:
             self.kept.popitem(last=False)
-        return out
+        return out.get("", out)

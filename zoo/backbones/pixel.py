@@ -6,10 +6,8 @@ from __future__ import annotations
 import torch
 
 from .. import data as datasets_
-from ..errors import UserError
-from ..process import VP
 from .base import Backbone, Examples, Source
-from .sd import PREDICTIONS
+from .sd import variance_preserving
 
 
 class Pixel(Backbone):
@@ -23,10 +21,7 @@ class Pixel(Backbone):
         self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
         self.pipe.set_progress_bar_config(disable=True)
         self.module = self.pipe.unet.float().requires_grad_(False).eval()
-        config = self.pipe.scheduler.config
-        if "beta_schedule" not in config:
-            raise UserError(f"{name} uses {type(self.pipe.scheduler).__name__}, not a variance-preserving schedule: it may already be a few-step student; distil from its teacher")
-        self.process, self.pred = VP.from_config(config), PREDICTIONS[config.prediction_type]
+        self.process, self.pred = variance_preserving(name, self.pipe.scheduler)
         size = self.module.config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         self.shape = (self.module.config.in_channels, *size)
@@ -60,3 +55,8 @@ class Pixel(Backbone):
 
     def decode(self, x):
         return x.clamp(-1, 1)
+
+    def student_pipeline(self, module, scheduler):
+        """Of these pipelines the one that takes a scheduler of another kind and class labels."""
+        from diffusers import ConsistencyModelPipeline
+        return ConsistencyModelPipeline(unet=module, scheduler=scheduler)

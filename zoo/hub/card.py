@@ -1,49 +1,112 @@
-"""The model card of an exported student: metadata the Hub reads, and everything needed to sample, judge and repeat it."""
+"""The card of an exported student: metadata the Hub reads, and everything needed to sample, judge and repeat it.
+
+What a run measured is kept in the folder (`fewstep.json`, under "card"), so that a card can be rendered again without the run, the
+teacher or torch: `refresh(folder)`. The Hub's rules are in `lint`."""
 from __future__ import annotations
 
+import html
+import json
 import math
+import re
 from pathlib import Path
 
 import yaml
 
-from ..errors import UserError
-from .contract import STOCK_GUIDANCE, Contract
-from .export import LORA_WEIGHTS, SLOT_FOLDERS, read_record
+from . import stage
+from .contract import FLOW, STOCK_GUIDANCE, Contract
+from .lint import LICENSES, PIPELINE_TAGS, RELATIONS, check, front_matter, lint, non_commercial
+from .record import LORA_WEIGHTS, RECORD, SLOT_FOLDERS, read_record
+from .retry import scrub
+from .stage import PLACE
 
-PLACE = "path/to/student"          # stands for the repository in usage lines until the folder is pushed
+__all__ = ["LICENSES", "PIPELINE_TAGS", "PLACE", "RELATIONS", "check", "lint", "plain", "refresh", "render", "write_card"]
+
 BUILT_IN = {   # teacher -> licence, base_model, and the notices its training data asks for wherever pictures are shown
     "emoji": ("apache-2.0", "fewstep/emoji-teacher", "emoji-3k, captioned emoji of three sets: Noto Emoji (Google, Apache-2.0), Twemoji (Twitter and "
-              "contributors, CC-BY-4.0) and Fluent Emoji (Microsoft, MIT). The teacher, and so the student, was trained on all three; the pictures above imitate them."),
+              "contributors, CC-BY-4.0) and Fluent Emoji (Microsoft, MIT). The teacher, and so the student, was trained on all three; the pictures above "
+              "imitate them."),
     "fashion": ("mit", "fewstep/fashion-teacher", "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; Zalando SE, MIT)."),
     "avatars": ("apache-2.0", "fewstep/avatars-teacher", "Pixel avatars drawn with DiceBear pixel-art (CC0 1.0)."),
     "toy": ("apache-2.0", None, "Draws of a closed-form mixture of Gaussians."),
-    "text": ("apache-2.0", "fewstep/text-teacher", "The King James Version, Genesis to Esther in lower case (public domain; in the United Kingdom under the Crown's patent)."),
+    "text": ("apache-2.0", "fewstep/text-teacher", "The King James Version, Genesis to Esther in lower case (public domain; in the United Kingdom "
+             "under the Crown's patent)."),
     "toy-video": ("apache-2.0", None, "Clips of two figures drawn by the package itself."),
     "toy-text": ("apache-2.0", None, "Draws of a closed-form Markov chain."),
 }
-LICENSES = {
-    "apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
-    "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
-    "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "afl-3.0", "artistic-2.0", "bsl-1.0",
-    "wtfpl", "isc", "ofl-1.1", "mpl-2.0", "gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "epl-2.0", "eupl-1.1", "ecl-2.0",
-    "gfdl", "unlicense", "zlib", "postgresql", "ncsa", "osl-3.0", "pddl", "odbl", "odc-by", "ms-pl", "lppl-1.3c", "llama2", "llama3", "gemma", "unknown", "other"}
-RELATIONS = {"finetune", "adapter", "merge", "quantized"}
-PIPELINE_TAGS = {"sd": "text-to-image", "pixel": "unconditional-image-generation", "text": "fill-mask", "video": "text-to-video"}
+# Of what a run knows, this is kept in the folder.
+KEPT = ("method", "command", "measured", "space", "samples", "seconds", "steps", "calls", "device", "chain", "prompts", "texts", "exported_step", "trained",
+        "peak_memory_gb", "downstream")
 
 
 def write_card(folder: Path, model, facts: dict) -> None:
-    """Write README.md into an exported student's folder.
+    """Keep what is known about an exported student in its folder and write its README.md.
 
     model: the Backbone it was distilled from; facts, all optional: method, command, measured (rows of dicts), space, samples,
     seconds, steps, device, chain, prompts, exported_step, config. A picture at grid.png becomes the gallery."""
+    path = Path(folder) / RECORD
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(data | {"card": _gather(folder, model, facts)}, indent=1) + "\n", encoding="utf-8")
+    refresh(folder)
+
+
+def refresh(folder: str | Path) -> str:
+    """Write README.md of an exported folder again from what its run measured; returns its path.
+
+    A folder of stored pairs or prompts gets a data card where it has none. Raises UserError when the folder is neither."""
+    folder = Path(folder)
+    path = folder / "README.md"
+    if not (folder / RECORD).exists() and folder.is_dir() and stage.kind(folder) == "dataset":
+        if not path.exists():
+            path.write_text(_data_card(folder), encoding="utf-8")
+        return str(path)
+    text = render(folder)
+    data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if "card" not in data:               # recovered this once: from here on the record is what is read
+        (folder / RECORD).write_text(json.dumps(data | {"card": _recover(folder, data["student"])}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def render(folder: str | Path) -> str:
+    """The text of the card of an exported folder."""
+    folder = Path(folder)
     contract, record = read_record(folder)
-    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(_metadata(folder, model, record, contract, facts), sort_keys=False, allow_unicode=True)}---\n\n"
-                                      + _body(folder, model, record, contract, facts), encoding="utf-8")
+    facts = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("card") or _recover(folder, record)
+    front = yaml.safe_dump(_metadata(folder, contract, record, facts), sort_keys=False, allow_unicode=True)
+    return scrub(f"---\n{front}---\n\n{_body(folder, contract, record, facts)}")
 
 
-# ------------------------------------------------------------------------------------------------------------- metadata
-def _title(model, facts) -> str:
-    return f"{Path(str(model.name)).name}-{facts.get('method', 'student')}"
+# ------------------------------------------------------------------------------------------------------------- what is known
+def _gather(folder, model, facts: dict) -> dict:
+    """JSON of everything the card says that is not the contract: taken once, when the student leaves its run."""
+    name, config = str(model.name), facts.get("config") or {}
+    kept = {k: facts[k] for k in KEPT if facts.get(k) not in (None, "", [], {})}
+    base = _hub_id(name)
+    data = model.data if model.data not in (None, "", name) else None
+    known = {"license": _license(model), "base_model": base, "base_revision": _revision(base), "title": f"{Path(name).name}-{facts.get('method', 'student')}",
+             "place": config.get("push_to_hub") or None, "data": Path(str(data)).name if data else None,
+             "data_id": str(data) if data and _hub_id(str(data)) else None, "seed": config.get("seed"), "stock": hasattr(model, "pipe"),
+             "lora_loads": hasattr(getattr(model, "pipe", None), "load_lora_weights") or None, "pipeline": _index(folder).get("_class_name"),
+             "stock_guidance": getattr(model, "stock_guidance", None), "versions": _versions()}
+    return kept | {k: v for k, v in known.items() if v is not None}
+
+
+def _index(folder) -> dict:
+    path = Path(folder) / "model_index.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _versions() -> dict:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .. import __version__
+    found = {"fewstep": __version__}
+    for name in ("torch", "diffusers", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
 
 
 def _hub_id(name: str) -> str | None:
@@ -51,6 +114,15 @@ def _hub_id(name: str) -> str | None:
     if name in BUILT_IN:
         return BUILT_IN[name][1]
     return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else None
+
+
+def _revision(repo: str | None) -> str | None:
+    """The commit of `repo` that this machine loaded, read from the client's cache."""
+    if not repo:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    path = try_to_load_from_cache(repo, "model_index.json")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _license(model) -> dict:
@@ -73,62 +145,185 @@ def _teacher_card(folder: str, name: str) -> dict:
         return {}
 
 
-def _metadata(folder, model, record, contract, facts) -> dict:
+def _recover(folder: Path, record: dict) -> dict:
+    """What is known of a student exported before its facts were kept: from its own card, and from measured.json of the run beside it."""
+    facts = {k: record[k] for k in ("method", "chain", "exported_step", "steps") if record.get(k)}
+    teacher = str(record.get("teacher", ""))
+    facts |= {"stock": bool(_index(folder)), "pipeline": _index(folder).get("_class_name"), "title": f"{Path(teacher).name}-{record.get('method', 'student')}"}
+    path = folder / "README.md"
+    if path.exists():
+        data, body, _ = front_matter(path.read_text(encoding="utf-8"))
+        data = data or {}
+        facts["license"] = {k: data[k] for k in ("license", "license_name", "license_link") if data.get(k)}
+        facts["base_model"] = data.get("base_model")
+        if data.get("widget"):
+            facts["prompts"] = str(data["widget"][0].get("text", "")).split(", ")
+        facts |= _read_body(body)
+    for measured in (folder / "measured.json", folder.parent / "measured.json"):
+        if measured.exists():
+            facts |= {k: v for k, v in json.loads(measured.read_text(encoding="utf-8")).items() if k in KEPT and v}
+            break
+    if not facts.get("license"):
+        facts["license"] = {"license": BUILT_IN[teacher][0]} if teacher in BUILT_IN else {"license": "other", "license_name": "as-the-teacher"}
+    return {k: v for k, v in facts.items() if v is not None}
+
+
+def _read_body(body: str) -> dict:
+    """Table and training lines of a rendered card."""
+    found: dict = {}
+    part = lambda name: (re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", body, re.S | re.M) or ["", ""])[1]
+    rows = [[c.strip() for c in line.strip().strip("|").split("|")] for line in part("Measured").splitlines() if line.startswith("|")]
+    if len(rows) > 2:
+        number = lambda c: None if c == "" else int(c) if re.fullmatch(r"-?\d+", c) else float(c) if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", c) else c
+        found["measured"] = [dict(zip(rows[0], map(number, r))) for r in rows[2:]]
+    if samples := re.search(r"^(\d+) samples", part("Measured"), re.M):
+        found["samples"] = int(samples[1])
+    lines = dict(re.findall(r"^- ([\w ]+): (.*)$", part("Training"), re.M))
+    if "command" in lines:
+        found["command"] = lines["command"].strip("`")
+    if "device" in lines:
+        found["device"] = lines["device"]
+    if seconds := re.match(r"([\d.]+) s", lines.get("training time", "")):
+        found["seconds"] = float(seconds[1])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- metadata
+def _metadata(folder: Path, contract: Contract, record: dict, facts: dict) -> dict:
+    family, lora_only = record["family"], bool(record["lora_rank"]) and not (folder / "model_index.json").exists() and facts.get("stock")
     steps = [f"{k}-step" for k in contract.steps]
     tags = ["few-step", "distillation", *([facts["method"]] if facts.get("method") else []), *steps]
     if record["lora_rank"]:
-        tags += ["lora"]
-    data = {**_license(model), "library_name": "diffusers" if hasattr(model, "pipe") else "transformers" if model.family == "text" else "fewstep"}
-    if model.family in PIPELINE_TAGS:
-        data["pipeline_tag"] = PIPELINE_TAGS[model.family]
-    base = _hub_id(str(model.name))
-    if base:
-        data |= {"base_model": base, "base_model_relation": "adapter" if record["lora_rank"] else "finetune"}
+        tags += ["lora", *(["template:sd-lora"] if lora_only else [])]
+    if non_commercial(facts["license"]):
+        tags.append("non-commercial")
+    data = {**facts["license"], "library_name": "diffusers" if facts.get("stock") else "transformers" if family == "text" else "fewstep"}
+    task = _task(family, facts.get("pipeline"))
+    if task:
+        data["pipeline_tag"] = task
+    if facts.get("base_model"):
+        data |= {"base_model": facts["base_model"], "base_model_relation": "adapter" if record["lora_rank"] else "finetune"}
+    if facts.get("data_id"):
+        data["datasets"] = [facts["data_id"]]
     data |= {"tags": tags, "inference": False}
     if (folder / "grid.png").exists():
         data["widget"] = [{"text": ", ".join(dict.fromkeys(facts.get("prompts") or ["samples"])), "output": {"url": "grid.png"}}]
-    rows = [(r, m) for r in facts.get("measured") or [] if r.get("who") == "student" for m in r if "kid_" in m or m == "ngram_js"]
-    if rows:
-        from huggingface_hub import EvalResult
-        from huggingface_hub.repocard_data import eval_results_to_model_index
-        data_name = Path(str(model.data or model.name)).name
-        results = [EvalResult(task_type=PIPELINE_TAGS.get(model.family, "other"), dataset_type=data_name, dataset_name=data_name,
-                              metric_type=m, metric_value=round(float(r[m]), 6), metric_name=f"{m}, {r['steps']} steps") for r, m in rows]
-        data["model-index"] = eval_results_to_model_index(_title(model, facts), results)
+    results = _results(record, facts, task)
+    if results:
+        data["model-index"] = [{"name": facts["title"], "results": results}]
     return data
 
 
+def _task(family: str, pipeline: str | None) -> str | None:
+    if family in PIPELINE_TAGS or not pipeline:
+        return PIPELINE_TAGS.get(family)
+    if re.match("Wan|CogVideo|LTX|Hunyuan|AnyFlow", pipeline):
+        return "text-to-video"
+    return "unconditional-image-generation" if re.match("DiT|DDPM|Consistency", pipeline) else "text-to-image"
+
+
+def _results(record: dict, facts: dict, task: str | None) -> list[dict]:
+    """model-index: one result per step count of the student, its metrics with the network calls (NFE) they took."""
+    name = facts.get("data") or Path(str(record.get("teacher", "samples"))).name
+    out = []
+    for row in facts.get("measured") or []:
+        if row.get("who") != "student":
+            continue
+        shown = [m for m in row if "kid_" in m or m in ("ngram_js", "diversity", "seconds_per_image", "seconds_per_text", "clip_score", "fid")]
+        k = row["steps"]
+        metrics = [{"type": m, "value": round(float(row[m]), 6), "name": f"{m}, {k} step{'s' * (k != 1)}",
+                    "args": {"num_inference_steps": k, "nfe": row.get("calls", k)}}
+                   for m in shown if isinstance(row[m], (int, float)) and math.isfinite(row[m])]
+        against = f"{name} prompts, against the teacher's many-step samples" if any("kid_" in m for m in row) else name
+        if metrics:
+            out.append({"task": {"type": task or "other"}, "dataset": {"type": name, "name": against}, "metrics": metrics})
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------------- body
+def plain(text) -> str:
+    """Text of somebody else as one line of Markdown that is only text: no HTML, links, code or table cells."""
+    line = " ".join(str(text).split())
+    return re.sub(r"([\\`*_\[\]|!])", r"\\\1", html.escape(line, quote=False))
+
+
+def code(text) -> str:
+    """Text of somebody else as one inline code span."""
+    return f"`{' '.join(str(text).replace('`', chr(39)).split())}`"
+
+
 def _table(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(k for r in rows for k in r))
-    show = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) and math.isfinite(v) else str(v)
+
+    def show(v) -> str:
+        if v is None:
+            return ""
+        if isinstance(v, float) and math.isfinite(v):
+            return f"{v:.4g}"
+        return str(v) if re.fullmatch(r"[\w .,+-]*", str(v)) else plain(v)
     return "\n".join(["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
                      + ["| " + " | ".join(show(r.get(k)) for k in keys) + " |" for r in rows])
 
 
-def _call(family: str, prompt: str) -> str:
-    return f'"{prompt}"' if family in ("sd", "video") else "class_labels=[3]"
+def _call(family: str, pipeline: str | None, prompt: str) -> str:
+    return "class_labels=[3]" if family in ("pixel", "toy") or (pipeline or "").startswith("DiT") else json.dumps(prompt, ensure_ascii=False)
 
 
-def _how(contract: Contract, record: dict, family: str) -> list[str]:
+def _stock_arguments(contract: Contract, k: int, guided: bool) -> str:
+    """What a stock call says besides the prompt."""
+    said = contract.stock_call(k)
+    if guided:
+        said = said | {"guidance_scale": contract.guidance}
+    if "sigmas" in said or "timesteps" in said:
+        said = {"num_inference_steps": said.pop("num_inference_steps"), **said}
+    return ", ".join(f"{name}={value!r}" for name, value in said.items())
+
+
+def _first(contract: Contract, record: dict, facts: dict) -> list[str]:
+    """Where a stock pipeline samples wrongly without saying so: what must be read before the first call."""
+    if not facts.get("stock") or contract.sampler in ("unmask", "causal"):
+        return []
+    lines = []
+    most = max(contract.knots)
+    if any("sigmas" in call for call in contract.call.values()):
+        lines.append("its stock scheduler cannot make the times it was trained at from a number of steps alone: "
+                     f"pass `{_stock_arguments(contract, most, False)}`, or load it with the package, which does")
+    elif not contract.raises:
+        lines.append(f"the stock pipeline accepts any number of steps, and only {_few(contract)} were trained: "
+                     f"pass `{_stock_arguments(contract, most, False)}`")
+    if contract.scheduler in FLOW and contract.sampler != "ode" and not re.match("Sana|PixArt", facts.get("pipeline") or ""):
+        lines.append("it draws fresh noise at every step, and this stock pipeline does not pass `generator` on to it: "
+                     "for a repeatable picture call `torch.manual_seed` besides")
+    if contract.scheduler == "TCDScheduler":
+        lines.append("the stock scheduler ends at the first entry of its noise table instead of at no noise: its last step differs slightly from the trainer's")
+    return lines
+
+
+def _few(contract: Contract) -> str:
+    return ", ".join(map(str, contract.steps))
+
+
+def _how(contract: Contract, record: dict, facts: dict, folds: bool) -> list[str]:
     """What a user must know before the first call."""
-    says = {"renoise": "re-noising: predict the clean image, add fresh noise at the next timestep", "ode": "deterministic: DDIM steps",
+    says = {"renoise": "re-noising: predict the clean image, add fresh noise at the next timestep", "ode": "deterministic: DDIM (Euler) steps",
+            "tcd": "a deterministic move past the next timestep, then noise back up to it (`eta`)",
             "jump": "trained as a flow map of two times; the stock folder holds its map to time 0, sampled by re-noising",
             "unmask": "unmasking: from time t to s a mask stays with probability s/t, else its token is drawn (in float64) from the network's categorical",
-            "causal": "chunk by chunk through a key-value cache: a few re-noising steps a chunk, then one pass that writes the clean chunk to the cache"}[contract.sampler]
+            "causal": "chunk by chunk through a key-value cache: a few re-noising steps a chunk, then one pass that writes the clean chunk to the cache",
+            }[contract.sampler]
     lines = [f"Sampler: {says}."]
-    if contract.scheduler == "LCMScheduler" and family == "sd":
+    if contract.raises and folds:
         lines.append("Always say `num_inference_steps`: the pipeline's default of 50 raises.")
-    elif contract.scheduler == "DDIMScheduler":
-        lines.append("Always say `num_inference_steps`: the stock scheduler accepts any number, and others than those below give worse pictures.")
     if record["slot"] == "guidance" and record["slot_weights"] == "unet":
         lo, hi = contract.guidance_range
-        lines.append(f"It takes the guidance scale as an input: pass `guidance_scale` between {lo:g} and {hi:g}, best about {contract.guidance:g} (unsaid, the pipeline takes {STOCK_GUIDANCE}).")
-    elif family == "sd":
+        lines.append(f"It takes the guidance scale as an input: pass `guidance_scale` between {lo:g} and {hi:g}, best about {contract.guidance:g} "
+                     f"(unsaid, the pipeline takes {facts.get('stock_guidance', STOCK_GUIDANCE)}).")
+    elif folds:
         lines.append("`guidance_scale` has no effect: guidance is distilled in and the network is called once per step.")
     if record["slot_weights"] in SLOT_FOLDERS.values():
         what = "second time" if record["slot"] == "r" else "guidance scale"
-        lines.append(f"`{record['slot_weights']}/` holds the network with its {what} as an input, which no stock pipeline feeds: `zoo.load(..., two_time=True)`.")
+        lines.append(f"`{record['slot_weights']}/` holds the network with its {what} as an input, which no stock pipeline feeds: "
+                     "`zoo.load(..., two_time=True)`.")
     return lines
 
 
@@ -146,79 +341,142 @@ print(pipe(num_inference_steps={most}, num_samples=4).texts)     # or pipe("a be
 
 The folder of a text student is a stock masked language model (`AutoModelForMaskedLM`, `AutoTokenizer`); transformers has no unmasking sampler."""
 
-
 _VIDEO_USE = """## Use
 
 ```python
 import zoo
 
 pipe = zoo.load("{place}")                        # zoo.pipelines.causal_video.CausalVideoPipeline: no stock class has the cache
-frames = pipe("{prompt}").frames[0]               # a list of pictures
-for chunk in pipe.stream("{prompt}"):             # [1, frames, channels, height, width] in [0, 1], as they come, until you stop
+frames = pipe({prompt}).frames[0]               # a list of pictures
+for chunk in pipe.stream({prompt}):             # [1, frames, channels, height, width] in [0, 1], as they come, until you stop
     ...
 ```
 
 `transformer/` is a stock WanTransformer3DModel. Trained with {layout}."""
 
 
-def _body(folder, model, record, contract, facts) -> str:
-    family, prompt = model.family, (facts.get("prompts") or ["fluent red heart"])[0]
-    place = (facts.get("config") or {}).get("push_to_hub") or PLACE
-    most, call, unmask = max(contract.knots), _call(family, prompt), contract.sampler == "unmask"
-    teacher = f"`{Path(str(model.name)).name}`" + (", the teacher shipped in the package" if str(model.name) in BUILT_IN else "")
-    guided = record["slot"] == "guidance" and record["slot_weights"] == "unet"
-    parts = [f"# {_title(model, facts)}\n\nA student of {', '.join(map(str, contract.steps))} steps distilled from {teacher}"
-             + (f" by `{facts['method']}`" if facts.get("method") else "") + (f", as a LoRA of rank {record['lora_rank']}" if record["lora_rank"] else "") + ".\n"
-             + "\n".join(f"- {line}" for line in _how(contract, record, family))]
+def _body(folder: Path, contract: Contract, record: dict, facts: dict) -> str:
+    family, prompts = record["family"], facts.get("prompts") or ["fluent red heart"]
+    place, most, unmask = facts.get("place") or PLACE, max(contract.knots), contract.sampler == "unmask"
+    teacher_name = str(record.get("teacher", "teacher"))
+    folds = family in ("sd", "sdxl")
+    parts = [_head(contract, record, facts, teacher_name, folds)]
     if (folder / "grid.png").exists():
         parts.append("![Teacher and student on the same noise, one column per prompt](grid.png)\n\n<Gallery />")
     if facts.get("texts"):
-        parts.append(f"```text\n{facts['texts'].rstrip()}\n```")
+        parts.append(f"```text\n{str(facts['texts']).rstrip().replace('```', chr(39) * 3)}\n```")
     if facts.get("measured"):
-        note = f"{facts['samples']} samples; " if facts.get("samples") else ""
-        parts.append(f"## Measured\n\n{_table(facts['measured'])}\n\n{note}" + _TOKEN_MEASURES if unmask else
-                     f"## Measured\n\n{_table(facts['measured'])}\n\n{note}a guided teacher step is two network calls. `conditional_kid_*` is the kernel distance, prompt by prompt, "
-                     "to the teacher's many-step samples in the named feature space (lower is better; low and high are its interval); it is not FID.")
-    times = lambda knots: f"{len(knots)}, evenly spaced from {knots[0]:g} to {knots[-1]:g}" if len(knots) > 8 else ", ".join(f"{x:g}" for x in knots)
-    rows = [{"num_inference_steps": k, "timesteps": times(contract.knots[k])} for k in contract.steps]
-    said = "times of the masking process, a token being visible with probability 1 - t" if unmask else \
-        f"guidance {contract.guidance:g}, scheduler {contract.scheduler}, prediction {contract.prediction}"
-    parts.append(f"## Sampling contract\n\n{_table(rows)}\n\n{said}. "
-                 "The same is in `fewstep.json`" + (' and in `pipe.scheduler.config["_fewstep"]`.' if hasattr(model, "pipe") else "."))
-    ours = f"```python\nimport zoo\n\npipe = zoo.load(\"{place}\")          # steps and guidance are filled in\nimage = pipe({call}).images[0]\n```"
-    if unmask:
-        parts.append(_TOKEN_USE.format(place=place, most=most))
-    elif family == "video":
-        parts.append(_VIDEO_USE.format(place=place, prompt=prompt, layout=", ".join(f"{k} {v}" for k, v in contract.layout.items())))
-    elif family == "custom":
-        parts.append("## Use\n\n`custom.safetensors` holds the weights of the teacher's own module class: load them into it (`load_state_dict`) and sample by the contract.")
-    elif family == "toy":
-        parts.append("## Use\n\n" + ours)
-    else:
-        scale = f", guidance_scale={contract.guidance:g}" if guided else ""
-        parts.append(f"## Use\n\nWith diffusers alone:\n\n```python\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained(\"{place}\")\n"
-                     f"image = pipe({call}, num_inference_steps={most}{scale}).images[0]\nimage.save(\"student.png\")\n```\n\nWith the package:\n\n{ours}")
-    if record["lora_rank"] and (folder / LORA_WEIGHTS).exists() and family == "sd":
-        parts.append("As a LoRA on the teacher (`guidance_scale=1`, since only the fused folder switches guidance off by itself):\n\n```python\n"
-                     f"from diffusers import DiffusionPipeline, LCMScheduler\n\npipe = DiffusionPipeline.from_pretrained(\"{_hub_id(str(model.name)) or 'path/to/teacher'}\")\n"
-                     f"pipe.load_lora_weights(\"{place}\", weight_name=\"{LORA_WEIGHTS}\")\npipe.scheduler = {contract.scheduler}.from_pretrained(\"{place}\", subfolder=\"scheduler\")\n"
-                     f"image = pipe({call}, num_inference_steps={most}, guidance_scale=1).images[0]\n```".replace("LCMScheduler", contract.scheduler))
-    elif record["lora_rank"]:
-        where = (SLOT_FOLDERS[record["slot"]] + "/" if record["slot"] and hasattr(model, "pipe") else "")
-        parts.append(f"`{where}{LORA_WEIGHTS}` holds the adapter in peft's names; diffusers has no loader for it on this network, so use the fused folder. It continues in `--init_student`.")
-    made = [f"- {k}: {v}" for k, v in (("command", f"`{facts['command']}`" if facts.get("command") else None), ("started from", " -> ".join(facts.get("chain") or [])),
-            ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")), ("training time", f"{facts['seconds']:.0f} s" if facts.get("seconds") else None),
-            ("device", facts.get("device"))) if v not in (None, "")]
-    parts.append("## Training\n\n" + "\n".join(made or ["- not recorded"]))
-    data = BUILT_IN.get(str(model.name), (0, 0, "The teacher's own; see its card."))[2]
-    extra = "" if model.data in (None, "", str(model.name)) else f" Distilled on `{Path(str(model.data)).name}`."
-    parts.append(f"## Data and attribution\n\n{data}{extra}")
+        parts.append(_measured(facts, unmask))
+    parts.append(_contract_part(contract, facts, unmask))
+    parts += _use(folder, contract, record, facts, place, most, prompts[0], teacher_name)
+    if facts.get("downstream"):
+        parts.append("## Beyond the plain call\n\nMeasured on the exported folder with stock pipelines; `distance` is the mean absolute difference "
+                     "(pictures in [0, 1]) to the teacher's many-step result of the same call, on the same noise. `refused`: so few steps leave none of "
+                     "that strength, and the stock call raises. ControlNet and IP-Adapter: not measured.\n\n" + _table(facts["downstream"]))
+    parts.append(_training(facts))
+    notice = BUILT_IN.get(teacher_name, (0, 0, "The teacher's own; see its card."))[2]
+    kept = [n for n in ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "safety_checker") if (folder / n).exists()]
+    parts.append(f"## Data and attribution\n\n{notice}" + (f" Distilled on {code(facts['data'])}." if facts.get("data") else "")
+                 + (f" Kept from the teacher: {', '.join(f'`{n}`' for n in kept)}." if kept else ""))
     parts.append("## Limitations\n\nIt inherits what the teacher cannot do and what its data lacks, and it is less varied than many-step sampling. "
-                 f"It was trained and measured for {', '.join(map(str, contract.steps))} steps only.")
+                 f"It was trained and measured for {_few(contract)} steps only."
+                 + (" The teacher's licence forbids commercial use, and so does the student's." if non_commercial(facts["license"]) else ""))
     cite = _citation(facts.get("method"))
     if cite:
         parts.append(f"## Citation\n\n```bibtex\n{cite}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _head(contract, record, facts, teacher_name, folds) -> str:
+    teacher = code(Path(teacher_name).name) + (", the teacher shipped in the package" if teacher_name in BUILT_IN else "")
+    first = _first(contract, record, facts)
+    title = f"# {plain(facts['title'])}\n\n"
+    if first:
+        title += "> **Read this first.** With stock diffusers " + "; ".join(first) + ".\n\n"
+    return (title + f"A student of {_few(contract)} steps distilled" + (f" by `{facts['method']}`" if facts.get("method") else "") + f" from {teacher}"
+            + (f"; a LoRA of rank {record['lora_rank']}" if record["lora_rank"] else "") + ".\n"
+            + "\n".join(f"- {line}" for line in _how(contract, record, facts, folds)))
+
+
+def _measured(facts, unmask) -> str:
+    note = f"{facts['samples']} samples; " if facts.get("samples") else ""
+    timed = facts.get("device") and any("seconds_per_image" in r for r in facts["measured"])
+    on = f" Seconds are of one picture in a batch on {plain(facts['device'])}." if timed else ""
+    diversity = " `diversity` is the spread over seeds of one prompt, 1 being the teacher's." if any("diversity" in r for r in facts["measured"]) else ""
+    if unmask:
+        return f"## Measured\n\n{_table(facts['measured'])}\n\n{note}" + _TOKEN_MEASURES
+    return (f"## Measured\n\n{_table(facts['measured'])}\n\n{note}a guided teacher step is two network calls. `conditional_kid_*` is the kernel "
+            "distance, prompt by prompt, "
+            f"to the teacher's many-step samples in the named feature space (lower is better; low and high are its interval); it is not FID.{diversity}{on}")
+
+
+def _contract_part(contract, facts, unmask) -> str:
+    times = lambda knots: f"{len(knots)}, evenly spaced from {knots[0]:g} to {knots[-1]:g}" if len(knots) > 8 else ", ".join(f"{x:g}" for x in knots)
+    rows = [{"num_inference_steps": k, "timesteps": times(contract.knots[k])} for k in contract.steps]
+    for row in rows:
+        if extra := contract.call.get(row["num_inference_steps"]):
+            row["a stock call also says"] = ", ".join(f"{k}={v}" for k, v in extra.items())
+    said = "times of the masking process, a token being visible with probability 1 - t" if unmask else \
+        (f"guidance {contract.guidance:g}, scheduler {contract.scheduler}, prediction {contract.prediction}"
+         + (f", shift {contract.shift:g}" if contract.scheduler in FLOW else ""))
+    return (f"## Sampling contract\n\n{_table(rows)}\n\n{said}. The same is in `fewstep.json`"
+            + (' and in `pipe.scheduler.config["_fewstep"]`.' if facts.get("stock") else "."))
+
+
+def _use(folder, contract, record, facts, place, most, prompt, teacher_name) -> list[str]:
+    family = record["family"]
+    call = _call(family, facts.get("pipeline"), prompt)
+    ours = f"```python\nimport zoo\n\npipe = zoo.load(\"{place}\")          # steps and guidance are filled in\nimage = pipe({call}).images[0]\n```"
+    if contract.sampler == "unmask":
+        return [_TOKEN_USE.format(place=place, most=most)]
+    if contract.sampler == "causal":
+        return [_VIDEO_USE.format(place=place, prompt=json.dumps(prompt, ensure_ascii=False), layout=", ".join(f"{k} {v}" for k, v in contract.layout.items()))]
+    if family == "custom":
+        return ["## Use\n\n`custom.safetensors` holds the weights of the teacher's own module class: load them into it (`load_state_dict`) and "
+                "sample by the contract."]
+    if family == "toy":
+        return ["## Use\n\n" + ours]
+    parts, video = [], _task(family, facts.get("pipeline")) == "text-to-video"
+    guided = record["slot"] == "guidance" and record["slot_weights"] == "unet"
+    if (folder / "model_index.json").exists():
+        take, save = ("video = pipe({}).frames[0]", "") if video else ("image = pipe({}).images[0]", "\nimage.save(\"student.png\")")
+        if video:
+            ours = ours.replace("image = ", "video = ").replace(".images[0]", ".frames[0]")
+        parts.append("## Use\n\nWith diffusers alone:\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
+                     f"pipe = DiffusionPipeline.from_pretrained(\"{place}\")\n"
+                     + take.format(f"{call}, {_stock_arguments(contract, most, guided)}") + f"{save}\n```\n\nWith the package:\n\n{ours}")
+    elif record["lora_rank"]:
+        parts.append("## Use")
+    if record["lora_rank"] and (folder / LORA_WEIGHTS).exists() and facts.get("lora_loads", family == "sd"):
+        base = facts.get("base_model") or "path/to/teacher"
+        pin = f", revision=\"{facts['base_revision']}\"" if facts.get("base_revision") else ""
+        scale = f"\npipe.fuse_lora(lora_scale={contract.lora_scale:g})" if contract.lora_scale != 1 else ""
+        given = contract.stock_call(most)
+        said = ", ".join(f"{k}={v!r}" for k, v in (given | {"guidance_scale": given.get("guidance_scale", 1)}).items())
+        parts.append("As a LoRA on the teacher (`guidance_scale=1`, since only the fused folder switches guidance off by itself):\n\n```python\n"
+                     f"from diffusers import DiffusionPipeline, {contract.scheduler}\n\npipe = DiffusionPipeline.from_pretrained(\"{base}\"{pin})\n"
+                     f"pipe.load_lora_weights(\"{place}\", weight_name=\"{LORA_WEIGHTS}\"){scale}\n"
+                     f"pipe.scheduler = {contract.scheduler}.from_pretrained(\"{place}\", subfolder=\"scheduler\")\n"
+                     f"image = pipe({call}, {said}).images[0]\n```")
+    elif record["lora_rank"]:
+        where = (SLOT_FOLDERS[record["slot"]] + "/" if record["slot"] and facts.get("stock") else "")
+        parts.append(f"`{where}{LORA_WEIGHTS}` holds the adapter in peft's names; diffusers has no loader for it on this network, so use the fused "
+                     "folder. It continues in `--init_student`.")
+    return parts
+
+
+def _training(facts) -> str:
+    seconds = facts.get("seconds")
+    time = None if not seconds else f"{seconds:.0f} s" + (f" ({seconds / 3600:.2g} h)" if seconds >= 600 else "")
+    count = lambda n: f"{n / 1e6:.3g} M" if n >= 1e6 else str(n)
+    made = [("command", code(facts["command"]) if facts.get("command") else None), ("started from", " -> ".join(map(plain, facts.get("chain") or []))),
+            ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")), ("seed", facts.get("seed")),
+            ("network calls", count(facts["calls"]) if facts.get("calls") else None),
+            ("trained parameters", ", ".join(f"{k} {count(v)}" for k, v in (facts.get("trained") or {}).items())),
+            ("training time", time), ("device", plain(facts["device"]) if facts.get("device") else None),
+            ("peak memory", f"{facts['peak_memory_gb']:.2g} GB" if facts.get("peak_memory_gb") else None),
+            ("energy", "not measured" if seconds else None), ("versions", ", ".join(f"{k} {v}" for k, v in (facts.get("versions") or {}).items()))]
+    return "## Training\n\n" + ("\n".join(f"- {k}: {v}" for k, v in made if v not in (None, "")) or "- not recorded")
 
 
 def _citation(method: str | None) -> str:
@@ -226,50 +484,19 @@ def _citation(method: str | None) -> str:
     return cite(method) if method in {m.name for m in METHODS} else ""
 
 
-# ------------------------------------------------------------------------------------------------------------- lint
-def lint(folder: str | Path) -> list[str]:
-    """What the Hub would refuse or show wrongly in the card at `folder`; empty when nothing."""
-    folder = Path(folder)
-    path = folder / "README.md"
-    if not path.exists():
-        return ["README.md is missing"]
-    text = path.read_text(encoding="utf-8")
-    _, _, rest = text.partition("---\n")
-    front, closed, body = rest.partition("\n---\n")
-    try:
-        data = yaml.safe_load(front) if text.startswith("---\n") and closed else None
-    except yaml.YAMLError as error:
-        return [f"the metadata is not YAML: {str(error).splitlines()[0]}"]
-    if not isinstance(data, dict):
-        return ["README.md has no metadata block between --- lines"]
-    found = [f"{k} is missing" for k in ("license", "library_name", "tags") if not data.get(k)]
-    if data.get("license") and data["license"] not in LICENSES:
-        found.append(f"license {data['license']!r} is no license id of the Hub")
-    if data.get("license") == "other" and not data.get("license_name"):
-        found.append("license: other needs license_name")
-    stock = (folder / "model_index.json").exists()
-    if stock and data.get("library_name") != "diffusers":
-        found.append(f"library_name is {data.get('library_name')!r}, a pipeline folder needs diffusers")
-    if stock and data.get("pipeline_tag") not in PIPELINE_TAGS.values():
-        found.append(f"pipeline_tag {data.get('pipeline_tag')!r} is none of {', '.join(PIPELINE_TAGS.values())}")
-    if bool(data.get("base_model")) != bool(data.get("base_model_relation")):
-        found.append("base_model and base_model_relation go together")
-    if data.get("base_model_relation") and data["base_model_relation"] not in RELATIONS:
-        found.append(f"base_model_relation {data['base_model_relation']!r} is none of {', '.join(sorted(RELATIONS))}")
-    for item in data.get("widget") or []:
-        url = (item.get("output") or {}).get("url") if isinstance(item, dict) else None
-        if not url or not (folder / url).is_file():
-            found.append(f"widget picture {url} is not in the folder")
-    if "<Gallery />" in body and not data.get("widget"):
-        found.append("<Gallery /> without a widget")
-    for row in data.get("model-index") or []:
-        if not row.get("name") or not row.get("results"):
-            found.append("model-index needs name and results")
-    return found
-
-
-def check(folder: str | Path) -> None:
-    """Raise UserError with everything `lint` found."""
-    found = lint(folder)
-    if found:
-        raise UserError(f"the card of {folder} is not fit to publish: {'; '.join(found)}")
+# ------------------------------------------------------------------------------------------------------------- data
+def _data_card(folder: Path) -> str:
+    """The card of stored pairs or of prompts; its licence is the user's to name."""
+    names = stage.files(folder)
+    shards = [n for n in names if stage.SHARDS.fullmatch(n)]
+    rows = [{"file": n, "bytes": p.stat().st_size} for n, p in list(names.items())[:20]]
+    what = "stored teacher pairs (noise, condition, endpoint)" if shards else "prompts"
+    front = yaml.safe_dump({"license": "unknown", "pretty_name": folder.name, "tags": ["few-step", "distillation"]}, sort_keys=False)
+    columns = ""
+    if shards:
+        with open(names[shards[0]], "rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        columns = "\n\n" + _table([{"tensor": k, "dtype": v["dtype"], "shape of a file": "x".join(map(str, v["shape"]))}
+                                   for k, v in header.items() if k != "__metadata__"])
+    return (f"---\n{front}---\n\n# {plain(folder.name)}\n\n{len(names)} files of {what} for distillation. "
+            f"Name the licence above before publishing.\n\n{_table(rows)}{columns}\n")

@@ -26,14 +26,10 @@ from torch import Tensor, nn
 from ..denoiser import SLOT_DIM, fold_slot
 from ..errors import UserError
 from ..process import View
-from .contract import STOCK_GUIDANCE, Contract, scheduler_for
+from .contract import FLOW, Contract, scheduler_for
+from .record import LORA_WEIGHTS, RECORD, SLOT_FOLDERS, WEIGHTS, read_record
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-RECORD = "fewstep.json"
-SLOT = "time_embedding.cond_proj.weight"
-SLOT_FOLDERS = {"r": "two_time", "guidance": "guidance"}
-
+SLOT = ".cond_proj.weight"            # ends the name of a second scalar's projection; the time embedding is what stands before it
 
 # ------------------------------------------------------------------------------------------------------- reading a network
 @contextmanager
@@ -73,19 +69,29 @@ def lora_state(net) -> dict[str, Tensor]:
                 for n, p in net.module.named_parameters() if f".{net.role}." in n}
 
 
+def _slots(state: dict[str, Tensor]) -> list[str]:
+    """Names of the time embeddings that have a second scalar."""
+    return [k.removesuffix(SLOT) for k in state if k.endswith(SLOT)]
+
+
+def _without_slots(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not k.endswith(SLOT)}
+
+
 def _fold(state: dict[str, Tensor], value: float) -> dict[str, Tensor]:
     """Fix the extra scalar at `value`; its projection becomes a bias and is left at zero."""
-    class Embedding(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time_embedding = nn.Module()
-            for part, bias in (("linear_1", True), ("cond_proj", False)):
-                weight = state[f"time_embedding.{part}.weight"]
-                self.time_embedding.add_module(part, nn.Linear(weight.shape[1], weight.shape[0], bias=bias))
-    folded = Embedding()
-    folded.load_state_dict({k: v for k, v in state.items() if k in folded.state_dict()})
-    fold_slot(folded, value)
-    return state | {k: v.detach() for k, v in folded.state_dict().items()}
+    folded = dict(state)
+    for name in _slots(state):
+        embedding = nn.Module()
+        embedding.time_embedding = nn.Module()
+        for part, bias in (("linear_1", True), ("cond_proj", False)):
+            weight = state[f"{name}.{part}.weight"]
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
+            layer.load_state_dict({k: state[f"{name}.{part}.{k}"] for k in layer.state_dict()})
+            embedding.time_embedding.add_module(part, layer)
+        fold_slot(embedding, value)
+        folded |= {f"{name}.{k}": v.detach() for k, v in embedding.time_embedding.state_dict().items()}
+    return folded
 
 
 # ------------------------------------------------------------------------------------------------------- writing a folder
@@ -169,53 +175,74 @@ def _write_pipeline(model, net, folder, contract, record):
         state = _fold(state, 0.0)
     elif net.slot == "guidance":
         low, high = contract.guidance_range or (None, None)
-        served = model.family == "sd" and low is not None and low <= STOCK_GUIDANCE <= high
+        served = model.folds_guidance and low is not None and low <= model.stock_guidance <= high
         if served:
-            record["slot_weights"] = "unet"
+            record["slot_weights"] = model.part
         else:                                # a plain call would ask for a scale it never saw: fix the scale it is best at
             state = _fold(state, contract.guidance - 1)
-    unet = stock_module(model, state, slot_weight=state[SLOT] if served and net.slot else None)
+    module = stock_module(model, state, slotted=served and bool(net.slot))
     scheduler = scheduler_for(contract, model.pipe.scheduler.config)
-    _pipeline(model, unet, scheduler).save_pretrained(folder, safe_serialization=True)
+    model.student_pipeline(module, scheduler).save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
     _forget_paths(folder)
+    _name_for_servers(folder, contract)
+    _keep_notices(model, folder)
     side = folder / SLOT_FOLDERS.get(net.slot, "")
     side.mkdir(exist_ok=True)
     if not served:
         record["slot_weights"] = side.name
         save_file(slot_state, side / WEIGHTS)
     if net.role:         # beside the slot's weights where there is one: the stock teacher has no layer for its adapter
-        save_file({f"unet.{k}": v for k, v in lora_state(net).items()}, side / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"]))
+        save_file({f"{model.part}.{k}": v for k, v in lora_state(net).items()}, side / LORA_WEIGHTS, _lora_metadata(net, record["lora_rank"], model.part))
 
 
-def stock_module(model, state: dict[str, Tensor], slot_weight: Tensor | None = None) -> nn.Module:
-    """A fresh network of the family's stock class holding `state`.
+def stock_module(model, state: dict[str, Tensor], slotted: bool = False) -> nn.Module:
+    """A fresh network of the family's stock class holding `state`, its slot's weights only when `slotted`.
 
-    Stable Diffusion UNets get a guidance input (`slot_weight`, or zeros): with one, the stock pipelines make a single call per
+    Stable Diffusion UNets always get a guidance input (zeros unless `slotted`): with one, the stock pipelines make a single call per
     step whatever guidance_scale is, instead of adding classifier-free guidance a student was not trained for."""
     config = dict(model.module.config)
-    state = {k: v for k, v in state.items() if k != SLOT}
-    if model.family == "sd":
+    plain = _without_slots(state)
+    if model.folds_guidance:
         config["time_cond_proj_dim"] = SLOT_DIM
-        width = state["time_embedding.linear_1.weight"].shape[1]
-        state[SLOT] = torch.zeros(width, SLOT_DIM) if slot_weight is None else slot_weight
+        key = f"time_embedding{SLOT}"
+        plain[key] = state[key] if slotted else torch.zeros(state["time_embedding.linear_1.weight"].shape[1], SLOT_DIM)
     module = type(model.module).from_config(config)
-    module.load_state_dict(state)
+    module.load_state_dict(plain)
     return module.eval()
 
 
-def _pipeline(model, unet, scheduler):
-    """The teacher's own pipeline parts around another network and scheduler."""
-    import inspect
+def _name_for_servers(folder: Path, contract: Contract) -> None:
+    """`dmd2_config` in model_index.json, from which vLLM-omni (vllm_omni/diffusion/models/dmd2/config.py, pull request 2974) reads the few-step
+    rule of a flow student: whole timesteps of one step count, solver sde (re-noising) or ode. Stock diffusers passes the key over."""
+    if contract.scheduler not in FLOW or contract.sampler not in ("renoise", "ode"):
+        return
+    path = folder / "model_index.json"
+    most = max(contract.knots)
+    block = {"num_inference_steps": most, "denoising_timesteps": [round(t) for t in contract.knots[most]],
+             "solver": "ode" if contract.sampler == "ode" else "sde", "guidance_scale": contract.guidance}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dmd2_config": block}, indent=2) + "\n")
 
-    from diffusers import ConsistencyModelPipeline, StableDiffusionPipeline
 
-    if model.family == "pixel":
-        return ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
-    wanted = inspect.signature(StableDiffusionPipeline.__init__).parameters
-    parts = {k: v for k, v in model.pipe.components.items() if k in wanted} | {"unet": unet, "scheduler": scheduler}
-    for name in ("safety_checker", "feature_extractor", "image_encoder"):
-        parts.setdefault(name, None)
-    return StableDiffusionPipeline(**parts, requires_safety_checker=parts["safety_checker"] is not None)
+NOTICES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md")
+
+
+def _keep_notices(model, folder: Path) -> None:
+    """The teacher's licence files travel with the student. A teacher on the Hub is asked for them; without a network they are left to the card's link."""
+    from huggingface_hub import hf_hub_download
+    source = str(getattr(model, "folder", ""))
+    for name in NOTICES if source else ():
+        places = [Path(source) / name, Path(source).parent / name] if Path(source).is_dir() else []      # built-in teachers keep theirs beside the folder
+        try:
+            found = next((p for p in places[:1 + _built_in(source)] if p.is_file()), None) or (None if places else Path(hf_hub_download(source, name)))
+        except Exception:                    # not there, or no network
+            continue
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
+def _built_in(source: str) -> bool:
+    from ..backbones import ASSETS
+    return Path(source).resolve().is_relative_to(ASSETS.resolve())
 
 
 def _forget_paths(folder: Path) -> None:
@@ -234,15 +261,6 @@ def _lora_metadata(net, rank: int, part: str = "unet") -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------- reading a folder
-def read_record(folder: Path) -> tuple[Contract, dict]:
-    """Contract and record of an exported student. Raises UserError when `folder` is none."""
-    path = Path(folder) / RECORD
-    if not path.exists():
-        raise UserError(f"{folder} is not an exported student (it has no {RECORD}): give the folder a run of these scripts exported")
-    data = json.loads(path.read_text())
-    return Contract.from_json(data), data["student"]
-
-
 def read_student(model, module: nn.Module, role: str | None, folder: Path, slot: str | None = None) -> None:
     """Load the student at `folder` into `module`: its weights, or for a LoRA run its LoRA file into adapter `role`.
 
@@ -257,8 +275,8 @@ def read_student(model, module: nn.Module, role: str | None, folder: Path, slot:
     else:
         state = _adapter_state(module, role, folder, record, slot)
     own = module.state_dict()
-    if hasattr(getattr(module, "time_embedding", None), "condition") and role is None:
-        state.setdefault(SLOT, torch.zeros_like(own[SLOT]))
+    if role is None:
+        state = {f"{name}{SLOT}": torch.zeros_like(own[f"{name}{SLOT}"]) for name in _slots(own)} | state
     wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
     missing = [k for k in own if k not in state] if role is None else []
     if wrong or missing:
@@ -277,11 +295,9 @@ def _student_state(model, folder, contract, record, same_slot):
         state, stock = load_file(path), side == model.part
     if same_slot:
         return state
-    if SLOT in state and record["slot"]:     # folding a stock folder's zero projection changes nothing
-        if not stock or record["slot_weights"] == "unet":
-            state = _fold(state, 0.0 if record["slot"] == "r" else contract.guidance - 1)
-    state.pop(SLOT, None)
-    return state
+    if record["slot"] and (not stock or record["slot_weights"] == model.part):     # folding a stock folder's zero projection changes nothing
+        state = _fold(state, 0.0 if record["slot"] == "r" else contract.guidance - 1)
+    return _without_slots(state)
 
 
 def _adapter_state(module, role, folder, record, slot):

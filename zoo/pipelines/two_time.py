@@ -53,11 +53,11 @@ class SlotPipeline:
             warnings.warn(f"this student was measured at {', '.join(map(str, contract.steps))} steps, not {steps}", stacklevel=3)
             self._warned = True
         device = next(self.net.module.parameters()).device
-        if family == "sd":
+        if hasattr(self.model, "conditions"):
             prompts = [prompt] if isinstance(prompt, str) else prompt
             if not prompts:
                 raise UserError("give a prompt: pipe('a red heart')")
-            cond, n = {"prompt": self.model.encode_prompts(prompts)}, len(prompts)
+            cond, n = self.model.conditions(prompts), len(prompts)
         else:
             n = batch_size if class_labels is None else len(torch.as_tensor(class_labels).reshape(-1))
             cond = {} if class_labels is None else {"label": torch.as_tensor(class_labels, device=device).reshape(-1)}

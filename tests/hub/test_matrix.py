@@ -1,0 +1,234 @@
+"""Every way a push goes wrong, with the real client: what the user is told, and that nothing was lost.
+
+{LFS, Xet} x {student, lora, pipeline with its own scheduler, card, dataset} x the rows below. `NOT_RUN` lists the cells that would repeat
+another one request for request."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent)]
+from clients import KINDS, Client, folder, same_files, whole
+from loopback import Loopback
+
+ROWS = {}
+NOT_RUN = {
+    ("xet", "card"): "a card has no large file: no Xet request is made",
+    ("xet", "401"): "refused before storage is asked", ("xet", "403"): "refused before storage is asked", ("xet", "409"): "decided before storage is asked",
+    ("xet", "412"): "decided after storage was asked", ("xet", "stale revision"): "refused before storage is asked",
+}
+FAST = {("lfs", "student", row) for row in ("403", "412", "429", "drop after")} | {("xet", "student", "drop before"), ("lfs", "dataset", "two pushers")}
+
+
+def row(name):
+    def keep(function):
+        ROWS[name] = function
+        return function
+    return keep
+
+
+class Cell:
+    """One empty Hub, one folder, one client."""
+
+    def __init__(self, tmp: Path, storage: str, kind: str, hub: Loopback):
+        self.tmp, self.storage, self.kind, self.hub = tmp, storage, kind, hub
+        self.folder = folder(kind, tmp / "mine")
+        self.me = Client(hub, tmp / "home")
+        self.repo, self.type = "me/thing", "dataset" if kind == "dataset" else "model"
+        self.key = f"{self.type}s/{self.repo}"
+        # where the bytes of a large file are sent; a card's own bytes travel in the commit
+        self.upload = "/cas/v1/xorbs" if storage == "xet" else "/commit/" if kind == "card" else "^/lfs/"
+
+    def push(self, **options):
+        return self.me.push(self.folder, self.repo, **options)
+
+    def commits(self) -> int:
+        return len(self.hub.repos[self.key].history()) - 1            # without the Hub's own first one
+
+    def landed(self, result, commits=1):
+        assert "url" in result, result
+        assert whole(self.hub, self.key, self.folder) and self.commits() == commits
+        assert result["url"].endswith(self.hub.repos[self.key].branches["main"])
+        assert not result["torch"]
+
+    def refused(self, result, *words):
+        assert "url" not in result and all(w in result["error"] for w in words), result
+
+
+@row("401")
+def _(c: Cell):
+    """An invalid token: told to log in; nothing was made. With a valid one the same command lands."""
+    c.refused(Client(c.hub, c.tmp / "h", "hf_wrong").push(c.folder, c.repo), "(401)", "hf auth login")
+    assert c.hub.repos == {}
+    c.landed(c.push())
+
+
+@row("403")
+def _(c):
+    """A token that may only read: told which token it takes; nothing was made."""
+    c.refused(Client(c.hub, c.tmp / "h", "hf_reader").push(c.folder, "reader/thing"), "(403)", "write access")
+    c.refused(c.me.push(c.folder, "stranger/thing"), "(403)", "your own user/name")
+    assert c.hub.repos == {}
+
+
+@row("404")
+def _(c):
+    """The repository is deleted while files are sent: told so; the next push makes it again and lands."""
+    where = "xet-write-token" if c.storage == "xet" else "/preupload/"
+    c.hub.fault(where, meanwhile=lambda: c.hub.repos.pop(c.key))
+    c.refused(c.push(), "404")
+    assert c.key not in c.hub.repos
+    c.landed(c.push())
+
+
+@row("409")
+def _(c):
+    """The repository exists: it is used; what others put there stays. The same folder again makes no commit."""
+    c.hub.make(c.key)
+    c.hub.write(c.key, "notes.txt", b"theirs", "me")
+    c.landed(c.push(), commits=2)
+    c.landed(c.push(), commits=2)
+    assert "notes.txt" in c.hub.repos[c.key].tree()
+
+
+@row("412")
+def _(c):
+    """Somebody commits between our look and our commit: told so, theirs stands, ours was not mixed in. The next push lands on top."""
+    c.hub.fault("/commit/", meanwhile=lambda: c.hub.write(c.key, "README.md", b"theirs"))
+    c.refused(c.push(), "someone else changed", "nothing was overwritten", "push again")
+    assert set(c.hub.repos[c.key].tree()) == {".gitattributes", "README.md"} and c.commits() == 1
+    c.landed(c.push(), commits=2)
+
+
+@row("429")
+def _(c):
+    """Asked to come back after 7 s, at a request the client repeats and at two that it does not: it waits that long and lands once."""
+    for where in ("/repos/create", "/preupload/", "/commit/"):
+        c.hub.fault(where, status=429, headers={"Retry-After": "7"})
+    if c.storage == "xet":
+        c.hub.fault(c.upload, status=429, headers={"Retry-After": "0"})
+    result = c.push()
+    c.landed(result)
+    assert result["waits"].count(8) == 3
+
+
+@row("5xx")
+def _(c):
+    """One failure of the server at every step: lands once. A server that stays away: told so, nothing was changed, and later it lands."""
+    gone = c.hub.fault("/commit/", status=503, times=99)
+    c.refused(c.push(), "(503)", "was not changed")
+    gone.times = 0
+    assert c.commits() == 0
+    other = folder(c.kind, c.tmp / "other", "b")
+    c.folder = other
+    for where in ("/repos/create", "/preupload/", "/revision/", "/refs", "/tree/", c.upload, "/commit/"):
+        c.hub.fault(where, status=502)
+    c.landed(c.push())
+
+
+@row("drop before")
+def _(c):
+    """The connection breaks before the bytes and before the commit: lands once."""
+    c.hub.fault(c.upload, drop="before")
+    c.hub.fault("/commit/", drop="before")
+    c.landed(c.push())
+
+
+@row("drop after")
+def _(c):
+    """The commit is made and its answer lost: it is found, not made again. The same for a pull request."""
+    c.hub.fault("/commit/", drop="after")
+    c.landed(c.push())
+    changed = folder(c.kind, c.tmp / "changed", "b")
+    c.hub.fault("/commit/", drop="after")
+    result = c.me.push(changed, c.repo, create_pr=True)
+    pulls = c.hub.repos[c.key].pulls
+    assert result["url"].endswith("/discussions/1") and list(pulls) == ["refs/pr/1"] and whole(c.hub, c.key, changed, "refs/pr/1")
+    assert whole(c.hub, c.key, c.folder) and c.commits() == 1
+
+
+@row("kill")
+def _(c):
+    """kill -9 while files are sent: nothing is visible. The same command lands, and sends again only what had not arrived."""
+    gate = c.hub.fault(c.upload, hold=True, drop="before")
+    process = c.me.begin(c.folder, c.repo)
+    assert gate.reached.wait(60)
+    process.kill()
+    process.communicate()
+    gate.release.set()
+    assert c.commits() == 0
+    c.landed(c.push())
+    assert [p.name for p in c.tmp.iterdir() if p.name.startswith(".pushing")] == []
+    if c.storage == "lfs":
+        sent = [p for m, p in c.hub.log if m == "PUT" and p.startswith("/lfs/")]
+        arrived = [p for p in sent if sent.count(p) == 1]
+        assert len(sent) - len(arrived) <= 2            # only the held file travelled twice
+
+
+@row("two pushers")
+def _(c):
+    """Two users push different folders at once: one lands whole, the other is told and nothing of it is mixed in."""
+    theirs = folder(c.kind, c.tmp / "theirs", "b")
+    c.repo, c.key = "zoo/thing", f"{c.type}s/zoo/thing"
+    gate = c.hub.fault("/commit/", hold=True)
+    first = c.me.begin(c.folder, c.repo)
+    assert gate.reached.wait(60)
+    other = Client(c.hub, c.tmp / "other-home", "hf_other").push(theirs, c.repo)
+    gate.release.set()
+    c.refused(c.me.result(first), "someone else changed", "push again")
+    assert "url" in other and whole(c.hub, c.key, theirs) and c.commits() == 1
+    c.landed(c.push(), commits=2)
+
+
+@row("stale revision")
+def _(c):
+    """A tag or a commit is given where a branch is written, or a taken tag: told so before anything is sent. Old versions stay readable."""
+    c.landed(c.push(tag="v1"))
+    first = c.hub.repos[c.key].branches["main"]
+    old, c.folder = c.folder, folder(c.kind, c.tmp / "new", "b")
+    sent = len(c.hub.log)
+    for revision in ("v1", first):
+        c.refused(c.push(revision=revision), "does not move", "give a branch")
+    c.refused(c.push(tag="v1"), "tag v1", "another tag")
+    assert not [p for m, p in c.hub.log[sent:] if "/commit/" in p or "/lfs/" in p]
+    assert "url" in c.push(revision="next") and whole(c.hub, c.key, c.folder, "next") and c.commits() == 1
+    assert whole(c.hub, c.key, old, "v1") and whole(c.hub, c.key, old)
+
+
+@row("offline")
+def _(c):
+    """Pulled once, then no network: it opens from the cache with the same bytes; a push says that it is offline."""
+    c.landed(c.push())
+    reader = Client(c.hub, c.tmp / "reader-home", "hf_reader")
+    pulled = Path(reader.pull(c.repo, c.type)["folder"])
+    assert same_files(c.folder, pulled, c.repo)
+    requests = len(c.hub.log)
+    again = Path(reader.pull(c.repo, c.type, HF_HUB_OFFLINE="1")["folder"])
+    assert again == pulled and same_files(c.folder, again, c.repo) and len(c.hub.log) == requests
+    c.refused(c.push(env={"HF_HUB_OFFLINE": "1"}), "HF_HUB_OFFLINE is set")
+    assert c.hub.secrets == [] and len(c.hub.log) == requests
+
+
+def cells():
+    for storage in ("lfs", "xet"):
+        for kind in KINDS:
+            for name in ROWS:
+                if (storage, kind) not in NOT_RUN and (storage, name) not in NOT_RUN:
+                    slow = () if (storage, kind, name) in FAST else pytest.mark.slow
+                    yield pytest.param(storage, kind, name, marks=slow, id=f"{storage}-{kind}-{name.replace(' ', '_')}")
+
+
+@pytest.mark.parametrize("storage, kind, name", cells())
+def test_push(tmp_path, storage, kind, name):
+    if storage == "xet":
+        pytest.importorskip("hf_xet")
+    with Loopback(xet=storage == "xet") as hub:
+        ROWS[name](Cell(tmp_path, storage, kind, hub))
+
+
+def test_every_cell_is_run_or_listed():
+    total = 2 * len(KINDS) * len(ROWS)
+    listed = sum((s, k) in NOT_RUN or (s, r) in NOT_RUN for s in ("lfs", "xet") for k in KINDS for r in ROWS)
+    assert len(ROWS) == 13 and len(list(cells())) == total - listed == 97
