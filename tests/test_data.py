@@ -52,7 +52,10 @@ def test_shipped_sets_carry_their_licence(name):
 
 
 def test_assets_fit_the_package():
-    assert sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()) <= 25e6
+    size = lambda files: sum(p.stat().st_size for p in files if p.is_file())
+    students = set((ASSETS / "students").rglob("*"))
+    assert size(set(ASSETS.rglob("*")) - students) <= 25e6        # teachers and data
+    assert size(students) <= 25e6 and len(list((ASSETS / "students").iterdir())) <= 6
 
 
 def test_emoji_splits_are_disjoint_and_complete():

@@ -78,7 +78,7 @@ def test_wheel_holds_assets_and_scripts(tmp_path):
     tracked = subprocess.run(["git", "ls-files", "zoo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     assert {f for f in tracked if f} <= names
     assert {n.split("/")[0] for n in names} == {"zoo", f"fewstep-{zoo.__version__}.dist-info"}
-    assert sum(i.compress_size for i in zipfile.ZipFile(wheel).infolist() if "/assets/" in i.filename) <= 25e6
+    assert sum(i.compress_size for i in zipfile.ZipFile(wheel).infolist() if "/assets/" in i.filename and "/students/" not in i.filename) <= 25e6
 
 
 def test_sample(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import ast
 import dataclasses
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -171,9 +172,72 @@ def test_students_filter(monkeypatch):
         zoo.students(colour="red")
 
 
+def test_students_by_base_and_by_other_names_of_a_method():
+    assert {"dmd2.sdxl-4step", "dmd2.sdxl-4step-lora"} <= {s.name for s in zoo.students(method="dmd2", base="sdxl")}
+    assert zoo.students(method="dmd2", base="sdxl") == zoo.students(method="dmd", base="SDXL") == zoo.students(method="dmd", base="stable-diffusion-xl-base")
+    assert all("FLUX" in s.teacher for s in zoo.students(base="flux")) and zoo.students(base="flux")
+    assert {s.name for s in zoo.students("hyper-sd.sd15*")} == {s.name for s in zoo.students("hyper-sd*", base="sd1.5")}
+    assert all(8 in s.steps for s in zoo.students(steps=8)) and not zoo.students(base="no such model")
+    assert registry.method("dmd2") is registry.method("dmd")
+
+
+def test_unknown_students_are_answered_with_the_nearest():
+    with pytest.raises(zoo.UserError, match="unknown student 'sdxl-turb': did you mean sdxl-turbo"):
+        registry.student("sdxl-turb")
+    with pytest.raises(zoo.UserError, match="did you mean hyper-sd.sdxl-4step"):
+        zoo.cite("hyper-sd.sdxl-4stp")
+
+
+def test_rows_of_our_own_are_one_call(monkeypatch):
+    shipped = registry.shipped("dmd.fashion-4step", "dmd", "fashion", (4, 2, 1), "mit")
+    rebuilt = registry.rebuilt("lcm.emoji-4step", "lcm", "emoji", (4, 2, 1), "apache-2.0", "--teacher emoji", 0, {"torch": "2.13.0"},
+                               (registry.Metric("kid_flat", 0.4, 4, "emoji", "measured.json", tolerance=0.1),))
+    monkeypatch.setattr(registry, "STUDENTS", (shipped, rebuilt))
+    assert shipped.source == "assets/students/dmd.fashion-4step" and rebuilt.source == "outputs/lcm.emoji-4step/student"
+    assert [s.name for s in zoo.students(kind="rebuilt")] == ["lcm.emoji-4step"]
+
+
 def test_students_name_registered_methods():
+    known = {m.name for m in registry.METHODS} | {p.name for p in registry.PAPERS} | {"undisclosed"}
     for row in registry.STUDENTS:
-        assert registry.method(row.method) and row.steps == tuple(sorted(row.steps, reverse=True))
+        assert row.method in known and (not row.paper or row.paper in known), row.name
+        assert row.steps == tuple(sorted(row.steps, reverse=True)) and row.usual_steps in row.steps, row.name
+
+
+STUDENT_NAMES = [s.name for s in registry.STUDENTS]
+
+
+def test_student_names_are_their_own():
+    assert len(set(STUDENT_NAMES)) == len(STUDENT_NAMES)
+    assert sum(s.kind == "shipped" for s in registry.STUDENTS) <= 6
+
+
+@pytest.mark.parametrize("name", STUDENT_NAMES)
+def test_row_of_a_student(name):
+    """What a row says is something installed libraries can do; what it claims has a source."""
+    import inspect
+
+    import diffusers
+    row = registry.student(name)
+    assert row.kind in ("shipped", "rebuilt", "community") and row.status in ("verified", "unverified")
+    assert row.license and row.base_license and zoo.cite(name).count("{") == zoo.cite(name).count("}")
+    assert all(m.source and m.dataset and m.steps in row.steps for m in row.metrics)
+    if row.kind == "rebuilt":
+        assert row.command and row.versions and all(m.tolerance for m in row.metrics)
+    if row.kind != "community":
+        return
+    assert row.facts and (row.status == "verified" or row.note)
+    assert all(f.startswith("https://") for f in row.facts)
+    assert row.parts in ("pipeline", "lora", "component", "single-file") and bool(row.component) == (row.parts == "component")
+    for file in (row.file, row.second_file):
+        assert not file.startswith("/") and ".." not in file
+    accepts = inspect.signature(getattr(diffusers, row.pipeline).__call__).parameters
+    assert {row.guidance_argument, "num_inference_steps", *row.call} <= accepts.keys()
+    assert not row.timesteps or ("timesteps" in accepts and all(len(t) == k for k, t in row.timesteps.items()))
+    if row.scheduler:
+        assert row.scheduler_config.keys() <= inspect.signature(getattr(diffusers, row.scheduler).__init__).parameters.keys()
+    else:
+        assert not row.scheduler_config
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,3 +259,18 @@ def test_import_is_light():
     code = ("import sys, zoo; zoo.methods(); zoo.cite('dmd'); import zoo.cli; "
             "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys(), sys.modules.keys()")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_shipped_rows_quote_the_committed_logs():
+    """A number in a row is the number of the log it names."""
+    for row in registry.students(kind="shipped"):
+        assert (Path(registry.__file__).parent / row.source / "fewstep.json").exists(), row.name
+        for metric in row.metrics:
+            text = (ROOT / metric.source).read_text(encoding="utf-8")
+            if metric.source.endswith(".json"):
+                log = json.loads(text)
+                label = "student" if row.name.startswith("dmd.") else row.name
+                [logged] = [r[metric.name] for r in log["rows"] if (r["who"], r["steps"]) == (label, metric.steps)]
+                assert abs(logged - metric.value) < 0.5, (row.name, metric)
+            else:
+                assert f"| student | {metric.steps} | {metric.steps} | {metric.value:.4g} |" in text, (row.name, metric)

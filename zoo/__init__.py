@@ -1,7 +1,8 @@
 """Fewstep: a zoo of few-step diffusion students. `import zoo` is light: torch and diffusers load with the first model.
 
-    pipe = zoo.load("outputs/dmd-emoji/student")  # a pipeline whose plain pipe(prompt) is right
-    zoo.methods(); zoo.students(); zoo.cite("dmd")
+    pipe = zoo.load("outputs/dmd-emoji/student")  # a pipeline whose plain pipe(prompt) is right: a folder, a Hub id,
+    pipe = zoo.load("hyper-sd.sdxl-4step")        # or a name of the registry
+    zoo.methods("*flow*"); zoo.students(method="dmd2", base="sdxl"); zoo.cite("dmd")
 """
 from importlib import import_module
 

@@ -1,18 +1,22 @@
-"""What the zoo holds, as plain data: one `Method` row per script in train_scripts/, one `Student` row per published student.
+"""What the zoo holds, as plain data: one `Method` row per script in train_scripts/, one `Student` row per student.
 
+    zoo.methods("*flow*")  zoo.students(method="dmd2", base="sdxl")  zoo.cite("hyper-sd.sdxl-4step")
     python -m zoo.registry            # print the table of methods
     python -m zoo.registry README.md  # rewrite it between the markers of that file
 """
 from __future__ import annotations
 
 import ast
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from . import community
 from .errors import UserError
+from .rows import Metric, Paper, Student
 
 _PACKAGE = Path(__file__).parent
 
@@ -49,17 +53,6 @@ class Method:
     def doc(self) -> str:
         """The script's docstring, read without importing it."""
         return ast.get_docstring(ast.parse(self.path.read_text(encoding="utf-8"))) or ""
-
-
-@dataclass(frozen=True)
-class Student:
-    """A trained student. source: a folder inside the package or a Hub id, for `zoo.load`; steps: counts of its contract."""
-    name: str
-    method: str
-    teacher: str
-    source: str
-    steps: tuple[int, ...]
-    license: str
 
 
 METHODS = (
@@ -129,7 +122,51 @@ METHODS = (
            ("Zhenglin Cheng", "Peng Sun", "Jianguo Li", "Tao Lin"),
            "2512.05150", "trajectory", "renoise", "images", "beta", "train_twinflow.py"),
 )
-STUDENTS: tuple[Student, ...] = ()
+
+def shipped(name: str, method: str, teacher: str, steps: tuple[int, ...], license: str, **fields) -> Student:
+    """A row of a student inside the package, at assets/students/<name>: what it was trained for is read from that folder.
+
+        shipped("dmd.fashion-4step", "dmd", "fashion", (4, 2, 1), "mit", base_license="mit", pipeline="ConsistencyModelPipeline",
+                metrics=(Metric("kid_efflite0", 680.0, 4, "Fashion-MNIST test", "model_cards/dmd.fashion-4step.md"),))"""
+    return Student(name, method, teacher, f"assets/students/{name}", steps, license, **fields)
+
+
+def rebuilt(name: str, method: str, teacher: str, steps: tuple[int, ...], license: str, command: str, seed: int, versions: dict[str, str],
+            metrics: tuple[Metric, ...], **fields) -> Student:
+    """A row of a student that `zoo make` trains again: `command` holds the flags after the script's name, `versions` the packages
+    it was made with, and each metric how far a rebuild may be from it.
+
+        rebuilt("lcm.emoji-4step", "lcm", "emoji", (4, 2, 1), "apache-2.0", "--teacher emoji --minutes 10", 0, {"torch": "2.13.0"},
+                (Metric("conditional_kid_efflite0", 41.0, 4, "emoji, held-out prompts", "model_cards/lcm.emoji-4step.md", tolerance=8.0),))"""
+    return Student(name, method, teacher, f"outputs/{name}/student", steps, license, kind="rebuilt", command=command, seed=seed, versions=versions,
+                   metrics=metrics, **fields)
+
+
+# Made and measured here: at most six are shipped, the others are rebuilt.
+_FASHION, _EMOJI = "Fashion-MNIST test", "emoji prompts, to the teacher's 25-step samples"
+OURS: tuple[Student, ...] = (
+    shipped("dmd.emoji-4step", "dmd", "emoji", (4, 2, 1), "apache-2.0", base_license="apache-2.0", pipeline="StableDiffusionPipeline",
+            metrics=tuple(Metric("conditional_kid_efflite0", value, steps, _EMOJI, "model_cards/dmd.emoji-4step.md")
+                          for steps, value in ((4, 1566.1), (2, 1863.7), (1, 2661.7)))),
+    shipped("dmd.fashion-4step", "dmd", "fashion", (4, 2, 1), "mit", base_license="mit", pipeline="ConsistencyModelPipeline",
+            metrics=tuple(Metric("kid_efflite0", value, steps, _FASHION, "benchmarks/quickstart/results-fashion.json")
+                          for steps, value in ((4, 680.0), (2, 736.0), (1, 1260.0)))),
+)
+STUDENTS: tuple[Student, ...] = OURS + community.ROWS
+PAPERS: tuple[Paper, ...] = community.PAPERS
+
+# Other names people use for a method, and for a base model (a part of its name, in the form `_plain` gives).
+METHOD_ALIASES = {"dmd2": "dmd", "dmd1": "dmd_pairs", "hyper-sd": "tscd", "hyper_sd": "tscd", "turbo": "add", "sdxl-lightning": "lightning",
+                  "rectified_flow": "reflow",
+                  "instaflow": "reflow"}
+BASE_ALIASES = {"sdxl": "stablediffusionxl", "sd15": "stablediffusionv15", "sd1": "stablediffusionv1", "sd2": "stablediffusion2", "sd21": "stablediffusion21",
+                "sd3": "stablediffusion3", "ssd1b": "ssd1b"}
+
+
+def nearest(name: str, names) -> str:
+    """The end of a message about an unknown name: the nearest ones, or all."""
+    near = get_close_matches(name, list(names), cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
 
 
 def methods(pattern: str = "*") -> list[Method]:
@@ -138,31 +175,67 @@ def methods(pattern: str = "*") -> list[Method]:
 
 
 def method(name: str) -> Method:
-    """The row of that name. Raises UserError naming the nearest ones."""
+    """The row of that name, or of another name of it (dmd2). Raises UserError naming the nearest ones."""
     names = [m.name for m in METHODS]
+    if name not in names and METHOD_ALIASES.get(name) in names:
+        name = METHOD_ALIASES[name]
     if name not in names:
-        near = get_close_matches(name, names, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(names))}"
-        raise UserError(f"unknown method {name!r}: {hint}")
+        raise UserError(f"unknown method {name!r}: {nearest(name, names)}")
     return METHODS[names.index(name)]
 
 
-def students(**filters) -> list[Student]:
-    """Rows whose fields equal the filters; for `steps`, rows that serve that count: students(method="dmd", steps=1)."""
-    unknown = filters.keys() - Student.__dataclass_fields__.keys()
+def student(name: str) -> Student:
+    """The row of that name. Raises UserError naming the nearest ones."""
+    known = {s.name: s for s in STUDENTS}
+    if name not in known:
+        raise UserError(f"unknown student {name!r}: {nearest(name, known) if known else 'none is registered'}")
+    return known[name]
+
+
+def students(pattern: str = "*", *, base: str | None = None, **filters) -> list[Student]:
+    """Rows whose name matches a shell pattern and whose fields equal the filters: students(method="dmd2", base="sdxl", steps=4).
+
+    base: part of the base model's name, or a usual short name (sdxl, sd15, sd3, flux); method: other names of it count; steps: rows
+    that serve that count. Raises UserError for a field that rows do not have."""
+    known = [f.name for f in fields(Student)]
+    unknown = filters.keys() - set(known)
     if unknown:
-        raise UserError(f"students have no field {', '.join(sorted(unknown))}: "
-                        f"filter by {', '.join(Student.__dataclass_fields__)}")
+        raise UserError(f"students have no field {', '.join(sorted(unknown))}: filter by base, {', '.join(known)}")
+    if "method" in filters:
+        filters["method"] = METHOD_ALIASES.get(filters["method"], filters["method"])
 
     def keeps(row: Student) -> bool:
-        return all(v in row.steps if k == "steps" else getattr(row, k) == v for k, v in filters.items())
+        return (fnmatchcase(row.name, pattern) and (base is None or based_on(row, base))
+                and all(v in row.steps if k == "steps" else getattr(row, k) == v for k, v in filters.items()))
 
     return [s for s in STUDENTS if keeps(s)]
 
 
+def based_on(row: Student, base: str) -> bool:
+    """Whether `base` names the row's base model: a part of its name, or a short name for it."""
+    wanted = _plain(base)
+    return BASE_ALIASES.get(wanted, wanted) in _plain(row.teacher)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def cite(name: str) -> str:
-    """BibTeX of a method's paper; the year is that of its arXiv number."""
-    row = method(name)
+    """BibTeX of a method's paper, or of what a student was made with; the year is that of its arXiv number."""
+    if name in {s.name for s in STUDENTS}:
+        row = student(name)
+        papers = {p.name: p for p in (*METHODS, *PAPERS)}
+        row = papers.get(row.paper or row.method) or row
+        if isinstance(row, Student):        # its makers name no method
+            return f"@misc{{{_plain(row.name)},\n  title = {{{row.source}}},\n  url   = {{{row.url}}}\n}}"
+    elif name in {p.name for p in PAPERS}:
+        row = next(p for p in PAPERS if p.name == name)
+    elif name in METHOD_ALIASES or name in {m.name for m in METHODS}:
+        row = method(name)
+    else:
+        names = {m.name for m in METHODS} | {s.name for s in STUDENTS} | {p.name for p in PAPERS}
+        raise UserError(f"unknown {'student' if '.' in name else 'method'} {name!r}: {nearest(name, names)}")
     year = f"20{row.arxiv[:2]}"
     first = row.authors[0].split()[-1].lower()
     return (f"@article{{{first}{year}{row.name},\n"

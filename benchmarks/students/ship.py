@@ -6,6 +6,7 @@ Writes zoo/assets/students/<name>/ and says by how much halving the weights chan
 the registry (`zoo/registry.py`, OURS) is written by hand; `python -m zoo.hub.model_cards` makes the page of model_cards/."""
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,11 +30,13 @@ def pictures(folder: Path, contract):
 
 def main(source: Path, name: str):
     from zoo.hub.card import refresh
-    from zoo.hub.record import read_record
+    from zoo.hub.record import RECORD, read_record
     contract, _ = read_record(source)
     target = ROOT / "zoo" / "assets" / "students" / name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
+    if (source.parent / "measured.json").exists() and "card" not in json.loads((source / RECORD).read_text()):
+        shutil.copy(source.parent / "measured.json", target)      # of a run that did not yet keep it in the student's own record
     for path in target.rglob("*.safetensors"):
         halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
         save_file(halved, path, metadata={"format": "pt"})

@@ -1,0 +1,314 @@
+"""The Space without a browser: what it draws, what it says to mistakes, what it measures, what it hands over, what is pushed."""
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from space_server import ROOT, SPACE
+
+import zoo
+from zoo import metrics, rollout
+from zoo.errors import UserError
+from zoo.hub import space
+
+
+NASTY = '<img src=x onerror="alert(1)">'
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
+
+
+def last(states):
+    for state in states:
+        pass
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------- orders
+BAD = [(("tiny-words", "", 0, 4), "prompt is empty"), (("tiny-words", " \n ", 0, 4), "prompt is empty"), (("tiny-words", "x" * 10_000, 0, 4), "10,000 characters"),
+       (("tiny-words", "heart", -1, 4), "seed -1 is out of range"), (("tiny-words", "heart", 2**31, 4), "out of range"), (("tiny-words", "heart", "1e400", 4), "no whole number"),
+       (("tiny-words", "heart", 0.5, 4), "no whole number"), (("tiny-words", "heart", None, 4), "no whole number"), (("tiny-words", "heart", 0, 3), "trained for 1, 2, 4 steps, not 3"),
+       (("tiny-words", "heart", 0, 0), "number of steps 0 is out of range"), (("tiny-wrods", "heart", 0, 4), "did you mean tiny-words"), (("<b>", "heart", 0, 4), "unknown student"),
+       (("tiny-classes", "frog", 0, 4), "draws classes"), (("tiny-classes", "9", 0, 4), "draws classes"), (("tiny-words", "heart", 0, 4, "tiny-classes"), "cannot race"),
+       (("tiny-words", "heart", 0, 4, "tiny-words"), "cannot race")]
+
+
+@pytest.mark.parametrize("wish, said", BAD, ids=[said for _, said in BAD])
+def test_a_wish_that_cannot_be_is_told_why(here, wish, said):
+    with pytest.raises(UserError, match=said):
+        here.order(*wish)
+
+
+def test_without_students_it_says_where_to_get_some(here, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_SPACE_STUDENTS", "")
+    monkeypatch.setattr(zoo, "students", lambda: [])
+    with pytest.raises(UserError, match="FEWSTEP_SPACE_STUDENTS"):
+        here.order("tiny-words", "heart", 0, 4)
+
+
+def test_a_folder_that_is_no_student_is_left_out(here, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FEWSTEP_SPACE_STUDENTS", str(tmp_path))
+    assert tmp_path.name not in here.roster() and str(tmp_path) in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+@pytest.mark.parametrize("name, what", [("tiny-words", "red heart"), ("tiny-classes", "class 2")])
+def test_a_race_is_the_plain_call_against_the_deterministic_teacher(here, name, what):
+    o = here.order(name, what, 5, 2)
+    states = list(here.race(o))
+    student, teacher = states[-1].lanes
+    call = {"prompt": what} if name == "tiny-words" else {"class_labels": [2]}
+    alone = zoo.load(o.student.source)(**call, num_inference_steps=2, generator=torch.Generator().manual_seed(5)).images[0]
+    assert np.array_equal(pixels(alone), pixels(student.images[0]))
+
+    model = here.garage.teacher(o.student.teacher)
+    cond, uncond = here.conditions(model, what, 1)
+    noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(5))
+    knots = model.process.t_max * (1 - torch.arange(here.TEACHER_STEPS, dtype=torch.float64) / here.TEACHER_STEPS)
+    expected = rollout.sample(model.teacher, noise, cond, knots, "ode", uncond=uncond, guidance=model.guidance)
+    assert np.array_equal(pixels(here.pil(model.decode(expected))[0]), pixels(teacher.images[0]))
+
+    each = 1 if model.guidance == 1 else 2
+    assert (student.calls, teacher.calls) == (2, each * here.TEACHER_STEPS)
+    seen = [s.lanes[1].images[0] for s in states if s.lanes[1].images]
+    assert states[1].lanes[0].finished and not states[1].lanes[1].images          # the student arrives first
+    assert len({pixels(i).tobytes() for i in seen}) > 3                           # the teacher's estimates move
+    assert states[-1].speedup == pytest.approx(teacher.seconds / student.seconds)
+
+
+def test_both_start_from_the_same_noise(here):
+    o = here.order("tiny-words", "red heart", 7, 1)
+    here.warm(o.student)
+    first = {}
+
+    def keep(who):
+        def hook(_module, args, _kwargs):
+            first.setdefault(who, args[0][:1].clone())
+        return hook
+    networks = {"student": here.garage.student(o.student).unet, "teacher": here.garage.teacher(o.student.teacher).module}
+    hooks = [m.register_forward_pre_hook(keep(who), with_kwargs=True) for who, m in networks.items()]
+    last(here.race(o))
+    for hook in hooks:
+        hook.remove()
+    assert torch.allclose(first["student"], first["teacher"], atol=1e-6) and first["student"].std() > 0.5
+
+
+def test_a_rival_runs_its_own_nearest_count(here):
+    r = last(here.race(here.order("tiny-words", "red heart", 0, 4, "tiny-rival")))
+    assert [(d.who, d.steps, d.calls) for d in r.lanes[:2]] == [("tiny-words", 4, 4), ("tiny-rival", 2, 2)]
+    assert "rival=tiny-rival" in r.facts()["link"]
+
+
+def test_a_teacher_that_cannot_be_had_leaves_a_note(here, monkeypatch):
+    source = here.racer("tiny-words").source
+    monkeypatch.setenv("FEWSTEP_SPACE_STUDENTS", f"{source}=nowhere")
+    r = last(here.race(here.order("tiny-words", "red heart", 0, 1)))
+    assert r.lanes[0].finished and "unknown teacher 'nowhere'" in r.lanes[1].note and r.speedup is None
+
+
+def test_the_strip_measures_what_metrics_measures(here):
+    s = last(here.strip(here.order("tiny-words", "red heart", here.MAX_SEED - 2, 1)))
+    assert here.seeds_of(s.order)[:4] == [here.MAX_SEED - 2, here.MAX_SEED - 1, here.MAX_SEED, 0]
+    for row in s.rows:
+        x = torch.stack([torch.from_numpy(pixels(i).copy()).permute(2, 0, 1).float() / 127.5 - 1 for i in row.images])
+        assert len(row.images) == 8 and s.diversity[row.role] == pytest.approx(metrics.diversity(x[None]))
+    alone = here.draw(s.order.student, "red heart", [0], 1).images[0]
+    assert np.abs(pixels(alone).astype(int) - pixels(s.rows[0].images[3])).max() <= 1          # a seed is a seed, alone or among eight
+
+
+def test_the_ladder_keeps_to_the_contract_and_the_budget(here):
+    l = last(here.ladder(here.order("tiny-words", "red heart", 0, 4)))
+    assert [l.rungs[k][0] and l.rungs[k][0].calls for k in (1, 2, 4, 8)] == [1, 2, 4, None]
+    assert [l.rungs[k][1].calls for k in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert l.reference.steps == here.TEACHER_STEPS
+
+
+def test_models_in_memory_are_bounded(here):
+    garage = here.Garage(limit=1000)
+    layer = lambda: torch.nn.Linear(10, 10, bias=False)          # 400 bytes
+    load = lambda: (lambda m: (m, [m]))(layer())
+    first = garage.get("a", load)
+    garage.get("b", load)
+    assert garage.get("a", load) is first and garage.size == 800
+    garage.get("c", load)                                        # b is the least recently used
+    assert list(garage.kept) == ["a", "c"]
+    garage.get("big", lambda: (None, [torch.nn.Linear(100, 100)]))
+    assert list(garage.kept) == ["big"]                          # never none
+
+
+# ------------------------------------------------------------------------------------------------------- video
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A streaming student: a causal Wan of three layers on clips of 8 x 8 pixels."""
+    from zoo import backbones
+    from zoo.backbones.toy_video import small_pipeline
+    from zoo.data.sprites import Sprites
+    from zoo.hub.contract import Contract
+    from zoo.hub.export import export_student
+    out = tmp_path_factory.mktemp("film")
+    clips = Sprites(frames=8, size=8, side=4, channels=1, names=("disk", "cross"), directions=2, speeds=(("", 1.0),))
+    small_pipeline(clips, patch=4, heads=2, head_dim=12, layers=3, guidance=2.0, seed=0).save_pretrained(out / "teacher", safe_serialization=True)
+    model = backbones.load(str(out / "teacher"))
+    contract = Contract({2: (1000.0, 500.0), 1: (1000.0,)}, "causal", prediction="velocity", scheduler="FlowMatchLCMScheduler",
+                        layout={"shape": [8, 1, 8, 8], "chunk": 2, "sink": 0, "window": 0, "slots": False})
+    export_student(model, model.make("student"), out / "tiny-film", contract, facts={"method": "self_forcing"})
+    return out / "tiny-film", clips.captions[0]
+
+
+def test_a_streaming_student_gets_a_tab_of_its_own(here, film, monkeypatch):
+    import tabs
+    folder, words = film
+    video = next(t for t in tabs.TABS if t.id == "video")
+    assert not video.applies()
+    monkeypatch.setenv("FEWSTEP_SPACE_STUDENTS", str(folder))
+    assert video.applies() and set(here.videos()) == {"tiny-film"} and "tiny-film" not in here.racers()
+    who = here.videos()["tiny-film"]
+    chunks = list(here.film(who, words, 3, 5))
+    assert [len(c) for c in chunks] == [2, 2, 1]
+    first = next(zoo.load(str(folder)).stream(words, generator=torch.Generator().manual_seed(3)))[0]
+    assert np.array_equal(pixels(chunks[0][1]), pixels(here.pil(first * 2 - 1)[1]))
+    frames = [f for c in chunks for f in c]
+    running, done = tabs.film_board(frames[:2], 1.0, NASTY, 5, running=True), tabs.film_board(frames, 2.0, NASTY, 5)
+    assert "2.0 frames a second" in running and "frame 5 of 5" in done and "image/webp" in done and "<img src=x" not in running + done
+
+
+# ------------------------------------------------------------------------------------------------------- what is shown
+def test_words_of_others_are_escaped(here):
+    import looks
+    r = last(here.race(here.order("tiny-words", NASTY, 0, 1)))
+    strip, ladder = last(here.strip(r.order)), last(here.ladder(r.order))
+    for html in (looks.race_board(r), looks.race_board(None, message=NASTY), looks.history([looks.history_entry(r)]), looks.strip_board(strip, message=NASTY), looks.ladder_board(ladder, message=NASTY),
+                 looks.scatter({NASTY: [(1, 2, NASTY)]}, NASTY, NASTY, NASTY)):
+        assert "<img src=x" not in html and "&lt;img src=x" in html
+    assert "read as plain text" in looks.race_board(r) and "role=\"alert\"" in looks.race_board(None, message=NASTY)
+
+
+def test_pictures_have_words_and_frames(here):
+    import looks
+    html = looks.race_board(last(here.race(here.order("tiny-words", "red heart", 4, 2))))
+    assert html.count("<img ") == 2 == html.count("fs-frame")
+    assert 'alt="red heart, drawn by the student tiny-words from seed 4"' in html and 'href="?student=tiny-words&amp;prompt=red+heart&amp;seed=4&amp;steps=2"' in html
+
+
+def test_a_link_fills_the_panel_and_starts_the_race(here):
+    import tabs
+    updates, pending = tabs.read_link({"student": "tiny-classes", "prompt": "class 1", "seed": "9", "steps": "2", "__theme": "dark"})
+    assert here.order(*pending["order"]).query == "?student=tiny-classes&prompt=class+1&seed=9&steps=2"
+    assert updates[0]["value"] == "tiny-classes" and updates[3]["value"] == "class 1" and (updates[4]["value"], updates[5]["value"]) == (9, 2)
+    assert [c[1] for c in updates[5]["choices"]] == [1, 2, 4]
+    _, pending = tabs.read_link({"student": "nobody"})
+    assert "unknown student 'nobody'" in pending["unknown"]
+    for bad in ({"steps": "3"}, {"seed": "-4"}, {"seed": "9" * 400}, {"prompt": "x" * 10_000}, {"student": "tiny-words", "prompt": "", "steps": "four"}):
+        boards = list(tabs.run_race(lambda: here.order(*tabs.read_link(bad)[1]["order"]), []))
+        assert len(boards) == 1 and 'role="alert"' in boards[0][0], bad
+
+
+def test_a_bug_shows_no_traceback(here, monkeypatch, capsys):
+    import tabs
+    monkeypatch.setattr(here, "race", lambda o: (_ for _ in ()).throw(ZeroDivisionError("secret /path")))
+    boards = list(tabs.run_race(lambda: here.order("tiny-words", "red heart", 1, 4), []))
+    assert "the page goes on" in boards[-1][0] and "secret" not in boards[-1][0]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- leaderboard
+def write_board(place: Path, rows: list[dict]):
+    place.mkdir(parents=True)
+    columns = ["who", "kind", "family", "seed", "sampler", "steps", "calls", "kid_efflite0", "diversity", "training_calls", "training_seconds", "error"]
+    with open(place / "leaderboard.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_the_leaderboard_shows_the_committed_table(here, monkeypatch, tmp_path):
+    import board
+    import tabs
+    monkeypatch.setattr(board, "PLACES", (tmp_path,))
+    head, table, plots = tabs.show_board(None, "kid_efflite0", "training_calls")
+    assert "No leaderboard" in head and table["visible"] is False and plots == ""
+    method = dict(who="dmd", kind="method", family="distribution matching", sampler="renoise", steps=4, calls=4, training_calls=60000, training_seconds=120)
+    write_board(tmp_path / "fashion", [method | dict(seed=0, kid_efflite0=300, diversity=0.3), method | dict(seed=1, kid_efflite0=400, diversity=0.5),
+                                       dict(who="lcm", kind="method", family="trajectory", seed=0, error="diverged"),
+                                       dict(who="teacher", kind="teacher", sampler="ode", steps=25, calls=50, kid_efflite0=220, diversity=0.4)])
+    rows = board.rows(tmp_path / "fashion" / "leaderboard.csv")
+    assert [(r["who"], r["kid_efflite0"], r["seeds"]) for r in rows] == [("teacher", 220, 1), ("dmd", 350, 2)]
+    head, table, plots = tabs.show_board("fashion", "kid_efflite0", "training_seconds")
+    assert "Best student: dmd" in head and table["value"]["data"][1][:5] == ["dmd", "distribution matching", "renoise", 4, 350.0]
+    assert plots.count("<svg viewBox") == 2 and "dmd (renoise): 4 network calls" in plots and "120 seconds of training" in plots
+    (tmp_path / "fashion" / "leaderboard.csv").write_text("a,b\n1,2\n")
+    assert "cannot be read" in tabs.show_board("fashion", "kid_efflite0", "training_calls")[0]
+
+
+# ------------------------------------------------------------------------------------------------------- take it home
+@pytest.mark.parametrize("name, what", [("tiny-words", 'red "heart" \\ star'), ("tiny-classes", "class 3")])
+def test_the_snippets_draw_the_same_picture(here, name, what, tmp_path, monkeypatch):
+    import takehome
+    from PIL import Image
+    o = here.order(name, what, 11, 2)
+    drawn = here.draw(o.student, o.subject, [11], 2).images[0]
+    lines = takehome.snippets(o)
+    monkeypatch.chdir(tmp_path)
+    for key in ("diffusers", "zoo"):
+        exec(compile(lines[key], key, "exec"), {})
+        assert np.array_equal(pixels(Image.open("student.png")), pixels(drawn)), key
+        Path("student.png").unlink()
+    assert "train_dmd.py" in lines["train"] and "@article" in lines["cite"] and "import zoo" not in lines["diffusers"]
+
+
+# ------------------------------------------------------------------------------------------------------- names
+def test_the_folder_is_not_mistaken_for_the_package(tmp_path):
+    """From the clone's root `import spaces` would find the folder; the lease takes the package where it is installed."""
+    code = "import sys; sys.path[:0] = ['', 'spaces'] + {more!r}; import gpu; f = gpu.gpu(15)(len); print(gpu._SPACES, f is len, sys.modules.get('spaces', 0))"
+    run = lambda more, **env: subprocess.run([sys.executable, "-c", code.format(more=more)], cwd=ROOT, env={"PATH": "", **env}, capture_output=True, text=True, timeout=60)
+    assert run([]).stdout.split() == ["None", "True", "None"]
+    fake = tmp_path / "spaces"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("def GPU(duration):\n    return lambda f: (duration, f)\n")
+    assert " True <module 'spaces' from" in run([str(tmp_path)]).stdout               # found behind the folder, and a no-op off ZeroGPU
+    assert " False " in run([str(tmp_path)], SPACES_ZERO_GPU="true").stdout           # leases there
+    assert "without the package" in run([], SPACES_ZERO_GPU="true").stderr
+
+
+# ------------------------------------------------------------------------------------------------------- what is pushed
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory):
+    return space.assemble(tmp_path_factory.mktemp("push") / "space")
+
+
+def test_the_assembled_folder_is_whole(assembled):
+    assert space.lint(assembled) == []
+    assert {p.name for p in SPACE.glob("*.py")} <= {p.name for p in assembled.iterdir()}
+    assert (assembled / "zoo" / "assets" / "emoji" / "teacher" / "model_index.json").is_file() and not list(assembled.rglob("__pycache__"))
+    for table in (ROOT / "benchmarks" / "leaderboard").glob("*/leaderboard.csv"):
+        assert (assembled / "leaderboard" / table.parent.name / "leaderboard.csv").read_bytes() == table.read_bytes()
+
+
+@pytest.mark.parametrize("file, old, new, said", [
+    ("requirements.txt", "torch==2.11.0", "torch==2.13.0", "torch 2.13.0 is not what ZeroGPU has"), ("requirements.txt", "diffusers==0.42.1", "diffusers==0.30.0", "pyproject.toml wants"),
+    ("requirements.txt", "peft==0.21.2", "", "does not pin peft"), ("requirements.txt", "gradio==6.31.0", "gradio==6.30.0", "not the gradio of requirements.txt"),
+    ("README.md", "sdk: gradio", "sdk: static", "sdk is 'static'"), ("README.md", 'python_version: "3.12"', 'python_version: "3.11"', "python_version 3.11"),
+    ("README.md", "app_file: app.py", "app_file: main.py", "app_file main.py does not exist"), ("README.md", "zero-a10g", "zero-h100", "no hardware"),
+    ("README.md", "---\ntitle", "title", "no front matter"), ("app.py", "import api", "import apis", "imports apis"), ("app.py", '"style.css"', '"styles.css"', "uses styles.css")])
+def test_the_lint_finds(assembled, tmp_path, file, old, new, said):
+    import shutil
+    copy = tmp_path / "space"
+    shutil.copytree(assembled, copy, ignore=shutil.ignore_patterns("assets"))
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new, 1))
+    assert any(said in found for found in space.lint(copy)), space.lint(copy)
+
+
+def test_assembling_spares_other_folders(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a Space"):
+        space.assemble(tmp_path)
+    with pytest.raises(UserError, match="no clone"):
+        space.assemble(tmp_path / "x", root=tmp_path)

@@ -1,0 +1,178 @@
+"""Exports for other programs: each opens again and draws what the student draws, to a stated tolerance; what has no map is refused by name."""
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from zoo.backbones import load
+from zoo.errors import UserError
+from zoo.hub import convert as formats
+from zoo.hub.contract import contract_for
+from zoo.hub.convert import convert, low_rank, original_unet, original_vae
+from zoo.hub.export import export_student
+
+TIMES = (1.0, 0.75, 0.5, 0.25)
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    """Exported tiny students: full weights, a LoRA, a student of pixels."""
+    root = tmp_path_factory.mktemp("formats")
+    model, pixel = load(str(tiny.tiny_sd(root / "teacher-sd"))), load(str(tiny.tiny_pixel(root / "teacher-pixel")))
+    out = {}
+    for name, source, options in (("full", model, {}), ("lora", model, {"lora": 4}), ("pixel", pixel, {})):
+        net = source.make("student", **options)
+        g = torch.Generator().manual_seed(2)
+        moved = net.reading({n: p.detach() + 0.05 * torch.randn(p.shape, generator=g) for n, p in net.trainable().items()})
+        out[name] = export_student(source, moved, root / name, contract_for(source, TIMES), lora_rank=options.get("lora", 0))
+        record = out[name] / "fewstep.json"                      # the record names a teacher by its last part: give the tests its place
+        data = json.loads(record.read_text())
+        data["student"]["teacher"] = str(root / ("teacher-pixel" if name == "pixel" else "teacher-sd"))
+        record.write_text(json.dumps(data))
+    return out
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "pixel"])
+def test_fused(students, name, tmp_path):
+    report = convert(students[name], "fused", tmp_path / "out")
+    assert report["maximum_error"] < CLOSE and not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / "out" / "fewstep.json").exists()
+
+
+@pytest.mark.parametrize("to", ["single-file", "comfyui"])
+def test_full_weights_under_the_original_keys(students, to, tmp_path):
+    """One file, no trace of the guidance input of zeros, and how to sample in its metadata."""
+    from safetensors import safe_open
+    report = convert(students["full"], to, tmp_path / "student.safetensors")
+    assert report["maximum_error"] < CLOSE and sorted(p.name for p in tmp_path.iterdir()) == ["student.safetensors"]
+    with safe_open(tmp_path / "student.safetensors", "pt") as f:
+        keys, note = set(f.keys()), json.loads(f.metadata()["fewstep"])
+    assert {"model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+            "first_stage_model.decoder.mid.attn_1.q.weight"} <= keys and not any("cond_proj" in k for k in keys)
+    assert any(k.startswith("cond_stage_model.transformer.text_model.") for k in keys)
+    assert note["timesteps"]["4"] == [999, 749, 499, 249] and note["prediction_type"] == "v_prediction" and note["rescale_betas_zero_snr"]
+
+
+def test_a_lora_under_kohyas_keys(students, tmp_path):
+    report = convert(students["lora"], "comfyui", tmp_path / "lora.safetensors")
+    state = load_file(tmp_path / "lora.safetensors")
+    assert report["maximum_error"] < CLOSE
+    assert all(k.startswith("lora_unet_") and k.rsplit(".", 1)[0].count(".") <= 1 for k in state)
+    assert all(v == 4 for k, v in state.items() if k.endswith(".alpha"))
+
+
+def test_the_students_own_lora(students, tmp_path):
+    report = convert(students["lora"], "lora", tmp_path / "out")
+    assert report["maximum_error"] < CLOSE and report["kind"] == "the student's own LoRA"
+    assert torch.equal(*(load_file(p / "pytorch_lora_weights.safetensors")[k] for p in (students["lora"], tmp_path / "out")
+                         for k in [sorted(load_file(students["lora"] / "pytorch_lora_weights.safetensors"))[0]]))
+
+
+def test_a_lora_from_full_weights_gets_better_with_its_rank(students, tmp_path):
+    """Whatever a LoRA cannot hold (biases, norms) is said; what it can is lost by rank alone."""
+    reports = [convert(students["full"], "lora", tmp_path / str(rank), rank=rank) for rank in (1, 4, 64)]
+    lost = [r["change_lost_by_rank"] for r in reports]
+    assert lost[0] > lost[1] > lost[2] and lost[2] < 1e-5 and reports[0]["change_outside_layers"] > 0
+    assert reports[2]["maximum_error"] < reports[0]["maximum_error"]
+
+
+def test_low_rank_is_the_nearest():
+    """Eckart and Young: what is left is the sum of the squared singular values left out, also for kernels."""
+    g = torch.Generator().manual_seed(0)
+    change = torch.randn(6, 5, 3, 3, generator=g)
+    down, up, residue = low_rank(change, 2)
+    again = (up.flatten(1) @ down.flatten(1)).reshape(change.shape)
+    s = torch.linalg.svdvals(change.flatten(1).double())
+    assert down.shape == (2, 5, 3, 3) and up.shape == (6, 2, 1, 1)
+    torch.testing.assert_close((change - again).double().square().sum(), s[2:].square().sum(), rtol=1e-5, atol=1e-6)
+    assert residue == pytest.approx(s[2:].square().sum().item())
+    exact = torch.randn(6, 2, generator=g) @ torch.randn(2, 7, generator=g)
+    down, up, residue = low_rank(exact, 2)
+    torch.testing.assert_close(up @ down, exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, part", [("full", "unet"), ("pixel", "unet")])
+def test_fp8_stores_matrices_and_opens_with_stock_diffusers(students, name, part, tmp_path):
+    from diffusers import DiffusionPipeline
+    report = convert(students[name], "fp8", tmp_path / "out")
+    state = load_file(next((tmp_path / "out" / part).glob("*.safetensors")))
+    assert all((v.dtype == torch.float8_e4m3fn) == (v.dim() >= 2) for v in state.values())
+    assert 0 < report["maximum_error"] < 0.5
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.dtype == torch.float32
+    assert report["parameters_in_fp8"] > 10 * report["parameters_kept"]
+
+
+@pytest.mark.parametrize("to", ["single-file", "comfyui"])
+def test_families_without_a_key_map_are_refused_by_name(students, to, tmp_path):
+    with pytest.raises(UserError, match="ConsistencyModelPipeline"):
+        convert(students["pixel"], to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(students, tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="exists: give a new path"):
+        convert(students["full"], "fused", tmp_path)
+    with pytest.raises(UserError, match="choose one of lora, fused"):
+        convert(students["full"], "onnx", tmp_path / "out")
+
+
+def test_a_lora_needs_to_know_its_teacher(students, tmp_path):
+    orphan = tmp_path / "orphan"
+    shutil.copytree(students["full"], orphan)
+    data = json.loads((orphan / "fewstep.json").read_text())
+    del data["student"]["teacher"]
+    (orphan / "fewstep.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="distilled from"):
+        convert(orphan, "lora", tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["sd", "deep", "sdxl"])
+def test_original_keys_of_other_unets(what):
+    """diffusers' own conversion gives the weights back: three resolutions, attention at other places, SDXL's extra embedding."""
+    from diffusers import UNet2DConditionModel
+    common = dict(sample_size=8, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4)
+    configs = {"sd": dict(block_out_channels=(8, 16), layers_per_block=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                          up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")),
+               "deep": dict(block_out_channels=(8, 8, 16, 16), layers_per_block=2, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+                            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3),
+               "sdxl": dict(block_out_channels=(8, 16, 16), layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D",
+                                                                                                  "CrossAttnDownBlock2D"),
+                            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 3),
+                            use_linear_projection=True,
+                            addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32)}
+    unet = UNet2DConditionModel(**common, **configs[what])
+    names = original_unet(unet)
+    assert len(names) == len(unet.state_dict()) and not any(k.startswith(("down_blocks", "up_blocks", "mid_block")) for k in names)
+
+
+def test_a_wrong_key_map_is_noticed(monkeypatch):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4, block_out_channels=(8, 8), layers_per_block=1,
+                                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    swapped = formats.RESNET | {"conv1": "out_layers.3", "conv2": "in_layers.2"}
+    monkeypatch.setattr(formats, "RESNET", swapped)
+    with pytest.raises(UserError, match="does not hold this UNet"):
+        original_unet(unet)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    assert len(original_vae(vae)) == len(vae.state_dict())
+    monkeypatch.setattr(formats, "VAE_ATTENTION", formats.VAE_ATTENTION | {"to_q": "k", "to_k": "q"})
+    with pytest.raises(UserError, match="does not hold this autoencoder"):
+        original_vae(vae)
+
+
+def test_a_guidance_input_has_no_place_in_the_original_layout():
+    from diffusers import UNet2DConditionModel
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4, block_out_channels=(8, 8),
+                                layers_per_block=1, time_cond_proj_dim=4,
+                                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    with pytest.raises(UserError, match="guidance scale as an input"):
+        original_unet(unet)
+    unet.time_embedding.cond_proj.weight.data.zero_()
+    assert not any("cond_proj" in k for k in original_unet(unet))

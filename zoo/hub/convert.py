@@ -1,0 +1,410 @@
+"""A student for other programs: LoRA, fused weights, ComfyUI, one file, fp8. Every export is opened again and compared on a sample.
+
+    lora          the student's own LoRA file, or the best low-rank approximation (SVD) of what it changed in its teacher
+    fused         a whole diffusers folder, adapters added to the weights
+    comfyui       a LoRA under kohya's keys; full weights under the original keys: a checkpoint (Stable Diffusion) or its UNet (SDXL)
+    single-file   a checkpoint in the original layout, opened by diffusers' from_single_file (Stable Diffusion)
+    fp8           a whole folder whose denoiser stores its matrices as float8_e4m3fn: half of float16; computed in what it is opened in
+
+The original keys of UNets and autoencoders are written here, and held against diffusers' own conversion before anything is saved;
+kohya's keys are diffusers' own. Families without such a map are refused by name."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import UserError
+from .contract import Contract
+from .record import LORA_WEIGHTS, RECORD
+
+KINDS = ("lora", "fused", "comfyui", "single-file", "fp8")
+SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+SLOT = "time_embedding.cond_proj.weight"
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+          "conv_shortcut": "skip_connection"}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def convert(source: str | Path, to: str, out: str | Path, rank: int = 64, allow_unverified: bool = False) -> dict:
+    """Write the student `source` (registered name, folder or Hub id) to `out` as one of KINDS; returns what was written and its error.
+
+    rank: of a LoRA taken from full weights. The error is the largest difference of any pixel (0 to 1) between the student's own sample
+    and the export's, same noise, at its usual step count. Raises UserError for families without a key map, naming them, and when
+    `out` exists."""
+    from diffusers import DiffusionPipeline
+
+    from ..loading import load
+    if to not in KINDS:
+        raise UserError(f"--to {to}: choose one of {', '.join(KINDS)}")
+    out = Path(out)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists: give a new path")
+    pipe = load(source, allow_unverified=allow_unverified)
+    if not isinstance(pipe, DiffusionPipeline) or not hasattr(pipe, "_terms"):
+        raise UserError(f"{source} is a {type(pipe).__name__}: exports are for stock diffusers pipelines")
+    pipe.set_progress_bar_config(disable=True)
+    student = _Student(pipe, Path(source) if Path(source).is_dir() else _folder_of(str(source)))
+    report = {"lora": _lora, "fused": _fused, "comfyui": _comfyui, "single-file": _single_file, "fp8": _fp8}[to](student, out, rank)
+    return {"format": to, "written": str(out), "bytes": sum(p.stat().st_size for p in ([out] if out.is_file() else out.rglob("*")) if p.is_file())} | report
+
+
+def _folder_of(name: str) -> Path | None:
+    """The local folder of a name that is not one; None for community rows, which have no folder of ours."""
+    from ..loading import _community_row, _folder
+    return None if _community_row(name) else _folder(name)
+
+
+class _Student:
+    """An opened student: its pipeline, its folder (None for a community row) and its sample."""
+
+    def __init__(self, pipe, folder: Path | None):
+        self.pipe, self.folder = pipe, folder
+        self.kind = type(pipe).__name__
+        self.part = "unet" if hasattr(pipe, "unet") else "transformer"
+        self.sample = self.draw(pipe)
+
+    @property
+    def network(self):
+        return getattr(self.pipe, self.part)
+
+    @property
+    def teacher(self) -> str:
+        record = json.loads((self.folder / RECORD).read_text())["student"] if self.folder and (self.folder / RECORD).exists() else {}
+        if not record.get("teacher"):
+            raise UserError(f"{self.folder or self.kind} does not say what it was distilled from: a LoRA needs the teacher's weights")
+        return record["teacher"]
+
+    def draw(self, pipe, **extra) -> Tensor:
+        """One sample of `pipe` as the contract has it, from a fixed seed."""
+        import inspect
+        terms = self.pipe._terms
+        accepts = inspect.signature(type(pipe).__call__).parameters
+        what = {"prompt": "a red heart"} if "prompt" in accepts else {"class_labels": [0]} if pipe.unet.config.num_class_embeds else {}
+        call = {"num_inference_steps": terms.usual, "output_type": "np",
+                "generator": torch.Generator().manual_seed(0)} | terms.extra | terms.per_step.get(terms.usual, {})
+        if terms.usual in terms.timesteps:
+            call["timesteps"] = list(terms.timesteps[terms.usual])
+        if terms.argument in accepts:
+            call[terms.argument] = terms.guidance
+        pipe.set_progress_bar_config(disable=True)
+        out = pipe(**what, **(call | extra))
+        return torch.as_tensor(out.images if hasattr(out, "images") else out.frames).float()
+
+    def error(self, pipe, **extra) -> float:
+        """The largest difference of a pixel between `pipe`'s sample and this student's."""
+        return (self.draw(pipe, **extra) - self.sample).abs().max().item()
+
+
+# -------------------------------------------------------------------------------------------------------- whole folders
+def _fused(student: _Student, out: Path, rank: int) -> dict:
+    _save(student, student.pipe, out)
+    return {"maximum_error": student.error(_open(out))}
+
+
+def _fp8(student: _Student, out: Path, rank: int) -> dict:
+    """Matrices and kernels in float8; vectors (biases, norms) keep their precision, they weigh nothing and carry scales."""
+    _save(student, student.pipe, out)
+    stored = kept = 0
+    for path in sorted((out / student.part).glob("*.safetensors")):
+        state = load_file(path)
+        for name, value in state.items():
+            if value.dim() >= 2 and value.is_floating_point():
+                if value.abs().max() > torch.finfo(torch.float8_e4m3fn).max:
+                    raise UserError(f"{student.part}.{name} holds values beyond {torch.finfo(torch.float8_e4m3fn).max:g}: fp8 cannot store this student")
+                state[name], stored = value.to(torch.float8_e4m3fn), stored + value.numel()
+            else:
+                kept += value.numel()
+        save_file(state, path, {"format": "pt"})
+    return {"maximum_error": student.error(_open(out)), "parameters_in_fp8": stored, "parameters_kept": kept,
+            "opened_by": "DiffusionPipeline.from_pretrained; enable_layerwise_casting() keeps the weights in fp8 in memory too"}
+
+
+def _save(student: _Student, pipe, out: Path) -> None:
+    """A whole folder of the stock class, with the contract's record beside it where there is one."""
+    pipe.save_pretrained(out, safe_serialization=True, max_shard_size="100GB")
+    if student.folder:
+        for name in (RECORD, "LICENSE", "NOTICE"):
+            if (student.folder / name).exists():
+                shutil.copyfile(student.folder / name, out / name)
+        if (out / RECORD).exists():
+            data = json.loads((out / RECORD).read_text())
+            data["student"]["lora_rank"] = 0
+            (out / RECORD).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _open(folder: Path):
+    from diffusers import DiffusionPipeline
+    return DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+def _lora(student: _Student, out: Path, rank: int) -> dict:
+    from .stage import lora_folder
+    if student.folder and (student.folder / LORA_WEIGHTS).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        lora_folder(student.folder, out)
+        report = {"kind": "the student's own LoRA"}
+    else:
+        report = _low_rank(student, out, rank)
+    return {"maximum_error": student.error(_on_teacher(student, out))} | report
+
+
+def _teacher(student: _Student):
+    from diffusers import DiffusionPipeline
+
+    from ..backbones import _locate
+    return DiffusionPipeline.from_pretrained(_locate(student.teacher)[0], use_safetensors=True)
+
+
+def _on_teacher(student: _Student, out: Path):
+    """The teacher with the LoRA of `out` and the student's scheduler."""
+    pipe = _teacher(student)
+    pipe.load_lora_weights(str(out), weight_name=LORA_WEIGHTS)
+    pipe.scheduler = student.pipe.scheduler
+    return pipe
+
+
+def _low_rank(student: _Student, out: Path, rank: int) -> dict:
+    """LoRA of rank at most `rank` nearest to student - teacher, layer by layer (SVD).
+
+    Biases, norms and embeddings that were trained are not part of a LoRA: their share of the change is reported."""
+    if rank < 1:
+        raise UserError(f"--rank {rank}: give at least 1")
+    base, own = getattr(_teacher(student), student.part), student.network
+    before, after = base.state_dict(), own.state_dict()
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and f"{n}.weight" in after}
+    state, lost, total, left = {}, 0.0, 0.0, 0.0
+    for name, value in after.items():
+        if name == SLOT or name not in before:
+            if value.abs().max() > 0:
+                raise UserError(f"the student has {name}, which its teacher lacks: a LoRA cannot hold it; export it as fused")
+            continue
+        change = (value - before[name]).float()
+        size = change.square().sum().item()
+        total += size
+        if name.removesuffix(".weight") not in layers or not name.endswith(".weight"):
+            left += size
+            continue
+        if size == 0:
+            continue
+        down, up, residue = low_rank(change, rank)
+        layer = name.removesuffix(".weight")
+        state[f"{student.part}.{layer}.lora_A.weight"], state[f"{student.part}.{layer}.lora_B.weight"] = down, up
+        lost += residue
+    if not state:
+        raise UserError("the student's layers equal its teacher's: there is nothing to extract")
+    out.mkdir(parents=True, exist_ok=True)
+    ranks = {k.removesuffix(".lora_A.weight").removeprefix(f"{student.part}."): len(v) for k, v in state.items() if ".lora_A." in k}
+    config = {f"{student.part}.r": rank, f"{student.part}.lora_alpha": rank, f"{student.part}.target_modules": sorted(ranks),
+              f"{student.part}.rank_pattern": {k: r for k, r in ranks.items() if r != rank},
+              f"{student.part}.alpha_pattern": {k: r for k, r in ranks.items() if r != rank}}
+    save_file(state, out / LORA_WEIGHTS, {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)})
+    student.pipe.scheduler.save_pretrained(out / "scheduler")
+    data = json.loads((student.folder / RECORD).read_text())
+    data["student"]["lora_rank"] = rank
+    (out / RECORD).write_text(json.dumps(data, indent=1) + "\n")
+    return {"kind": f"rank {rank} of {len(ranks)} layers", "change_lost_by_rank": (lost / total) ** 0.5 if total else 0.0,
+            "change_outside_layers": (left / total) ** 0.5 if total else 0.0}
+
+
+def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(down [r, ...], up [o, r, ...], squared residue) with up @ down nearest to `change` [o, i] or [o, i, k, k], r <= rank."""
+    flat = change.flatten(1).double()
+    u, s, v = torch.linalg.svd(flat, full_matrices=False)
+    r = min(rank, len(s))
+    root = s[:r].sqrt()
+    up, down = (u[:, :r] * root).float(), (root[:, None] * v[:r]).float()
+    if change.dim() == 4:
+        up, down = up[:, :, None, None], down.reshape(r, *change.shape[1:])
+    return down.contiguous(), up.contiguous(), s[r:].square().sum().item()
+
+
+# -------------------------------------------------------------------------------------------------- original key layouts
+def _comfyui(student: _Student, out: Path, rank: int) -> dict:
+    if student.folder and (student.folder / LORA_WEIGHTS).exists():
+        return _kohya(student, out)
+    if student.kind == SDXL:
+        return _original_unet(student, out)
+    if student.kind != SD:
+        raise UserError(f"no key map to ComfyUI's layout is known for {student.kind} here: full weights of {SD} and {SDXL}, and LoRA students")
+    return _single_file(student, out, rank)
+
+
+def _kohya(student: _Student, out: Path) -> dict:
+    """The LoRA under kohya's keys, which ComfyUI, A1111 and others read."""
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+    from safetensors import safe_open
+    if student.part != "unet":
+        raise UserError(f"no kohya key map is known for the {student.part} of {student.kind} here: "
+                        f"load {LORA_WEIGHTS} as it is, ComfyUI reads diffusers' keys of transformers")
+    state = load_file(student.folder / LORA_WEIGHTS)
+    with safe_open(student.folder / LORA_WEIGHTS, "pt") as f:
+        config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    kohya = convert_state_dict_to_kohya(state)
+    factor = config.get("unet.lora_alpha", 1) / max(config.get("unet.r", 1), 1)
+    for key in [k for k in kohya if k.endswith(".alpha")]:          # diffusers writes alpha = rank; the file may say otherwise
+        kohya[key] = kohya[key].float() * factor
+    path = out if out.suffix == ".safetensors" else out / "student_lora.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in kohya.items()}, path, {"format": "pt", "ss_network_module": "networks.lora"} | _terms_note(student))
+    pipe = _teacher(student)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    pipe.scheduler = student.pipe.scheduler
+    return {"maximum_error": student.error(pipe), "file": path.name, "sampler": _terms_note(student)["fewstep"]}
+
+
+def _single_file(student: _Student, out: Path, rank: int) -> dict:
+    """The whole pipeline in one file of the original layout."""
+    from diffusers import StableDiffusionPipeline
+    if student.kind != SD:
+        raise UserError(f"no key map of the whole pipeline is known for {student.kind} here: single files are written for {SD}"
+                        + (" (its UNet alone: --to comfyui)" if student.kind == SDXL else ""))
+    pipe = student.pipe
+    unet, vae = original_unet(pipe.unet), original_vae(pipe.vae)
+    text = {f"cond_stage_model.transformer.{_clip_key(k)}": v for k, v in pipe.text_encoder.state_dict().items() if not k.endswith("position_ids")}
+    state = {f"model.diffusion_model.{k}": v for k, v in unet.items()} | {f"first_stage_model.{k}": v for k, v in vae.items()} | text
+    path = out if out.suffix == ".safetensors" else out / "student.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().contiguous().clone() for k, v in state.items()}, path, {"format": "pt"} | _terms_note(student))
+    configs = _configs_without_slot(student, path.parent / ".config")
+    try:
+        again = StableDiffusionPipeline.from_single_file(str(path), config=str(configs), safety_checker=None, local_files_only=True)
+    finally:
+        shutil.rmtree(configs, ignore_errors=True)
+    again.scheduler = pipe.scheduler
+    return {"maximum_error": student.error(again, guidance_scale=1.0), "file": path.name, "sampler": _terms_note(student)["fewstep"]}
+
+
+def _original_unet(student: _Student, out: Path) -> dict:
+    """The UNet under the original keys, for a diffusion-model loader; opened again through diffusers' conversion."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    state = {f"model.diffusion_model.{k}": v.detach().contiguous().clone() for k, v in original_unet(student.network).items()}
+    path = out if out.suffix == ".safetensors" else out / "student_unet.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, {"format": "pt"} | _terms_note(student))
+    own = student.network.state_dict()
+    again = convert_ldm_unet_checkpoint(load_file(path), dict(student.network.config))
+    student.network.load_state_dict(own | again)
+    try:
+        error = student.error(student.pipe)
+    finally:
+        student.network.load_state_dict(own)
+    return {"maximum_error": error, "file": path.name, "sampler": _terms_note(student)["fewstep"]}
+
+
+def _terms_note(student: _Student) -> dict[str, str]:
+    """How to sample it, as metadata of a file that has no scheduler: steps, timesteps, guidance, rule, what the network predicts."""
+    terms, config = student.pipe._terms, student.pipe.scheduler.config
+    contract: Contract | None = student.pipe._contract
+    note = {"steps": list(terms.steps), "guidance": terms.guidance, "scheduler": type(student.pipe.scheduler).__name__,
+            "prediction_type": config.get("prediction_type"),
+            "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr", False)}
+    if contract is not None:
+        note |= {"rule": contract.sampler, "timesteps": {k: list(v) for k, v in contract.knots.items()}}
+    return {"fewstep": json.dumps(note)}
+
+
+def _configs_without_slot(student: _Student, folder: Path) -> Path:
+    """The student's configuration files, its UNet's as the checkpoint has it (without the guidance input)."""
+    pipe = student.pipe
+    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        part = getattr(pipe, name)
+        (part.save_config if hasattr(part, "save_config") else part.config.save_pretrained if name == "text_encoder" else part.save_pretrained)(folder / name)
+    config = dict(pipe.unet.config) | {"time_cond_proj_dim": None}
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "config.json").write_text(json.dumps({k: v for k,
+                                                             v in config.items() if not k.startswith("_")} | {"_class_name": "UNet2DConditionModel"},
+                                                             default=list))
+    index = {k: v for k, v in dict(pipe.config).items() if not k.startswith("_")}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": SD} | index, default=list))
+    return folder
+
+
+def _clip_key(key: str) -> str:
+    """Keys of CLIP's text model as checkpoints have them: transformers 5 dropped the wrapper's name."""
+    return key if key.startswith("text_model.") else f"text_model.{key}"
+
+
+def original_unet(unet) -> dict[str, Tensor]:
+    """State of a UNet2DConditionModel under the keys of the original latent diffusion code.
+
+    A guidance input of zeros is left out (the sum is the same without it); another one has no place there and is refused.
+    Raises UserError when diffusers' own conversion does not give the same weights back."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_ldm_unet_checkpoint
+    state, per = dict(unet.state_dict()), unet.config.layers_per_block
+    if SLOT in state and state.pop(SLOT).abs().max() > 0:
+        raise UserError("this student takes its guidance scale as an input, for which the original layout has no place: export it as fused")
+    if not isinstance(per, int):
+        raise UserError("this UNet has another number of layers in each block, for which the original layout has no place: export it as fused")
+    fixed = dict(DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"])
+    if unet.config.addition_embed_type == "text_time":
+        fixed |= DIFFUSERS_TO_LDM_MAPPING["unet"]["addition_embed_type"]
+    out = {fixed[k] if k in fixed else _unet_key(k, per, state): v for k, v in state.items()}
+    _same(convert_ldm_unet_checkpoint({f"model.diffusion_model.{k}": v for k, v in out.items()}, dict(unet.config)), state, "UNet")
+    return out
+
+
+def _unet_key(key: str, per: int, state: dict) -> str:
+    """Original name of one weight; `per`: resnets of a block on the way down (one more on the way up)."""
+    side, rest = key.split(".", 1)
+    if side == "mid_block":
+        kind, i, name = rest.split(".", 2)
+        return f"middle_block.{2 * int(i)}.{_resnet(name)}" if kind == "resnets" else f"middle_block.{2 * int(i) + 1}.{name}"
+    block, kind, i, name = rest.split(".", 3)
+    block, i = int(block), int(i)
+    if side == "down_blocks":
+        place = 1 + block * (per + 1) + i
+        if kind == "downsamplers":
+            return f"input_blocks.{(block + 1) * (per + 1)}.0.op.{name.removeprefix('conv.')}"
+        return f"input_blocks.{place}.0.{_resnet(name)}" if kind == "resnets" else f"input_blocks.{place}.1.{name}"
+    place = block * (per + 1) + i
+    if kind == "upsamplers":
+        attended = any(k.startswith(f"up_blocks.{block}.attentions.") for k in state)
+        return f"output_blocks.{block * (per + 1) + per}.{2 if attended else 1}.{name}"
+    return f"output_blocks.{place}.0.{_resnet(name)}" if kind == "resnets" else f"output_blocks.{place}.1.{name}"
+
+
+def _resnet(name: str) -> str:
+    layer, _, leaf = name.rpartition(".")
+    return f"{RESNET[layer]}.{leaf}"
+
+
+def original_vae(vae) -> dict[str, Tensor]:
+    """State of an AutoencoderKL under the original keys. Raises UserError when diffusers' conversion does not give it back."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_ldm_vae_checkpoint
+    state, fixed = dict(vae.state_dict()), DIFFUSERS_TO_LDM_MAPPING["vae"]
+    blocks = len(vae.config.up_block_types)
+    out = {}
+    for key, value in state.items():
+        name = fixed.get(key) or _vae_key(key, blocks)
+        is_kernel = ".mid.attn_1." in name and name.endswith(".weight") and ".norm." not in name
+        out[name] = value[:, :, None, None] if is_kernel and value.dim() == 2 else value
+    _same(convert_ldm_vae_checkpoint({f"first_stage_model.{k}": v for k, v in out.items()}, dict(vae.config)), state, "autoencoder")
+    return out
+
+
+def _vae_key(key: str, blocks: int) -> str:
+    half, side, rest = key.split(".", 2)
+    if side == "mid_block":
+        kind, i, name = rest.split(".", 2)
+        if kind == "resnets":
+            return f"{half}.mid.block_{int(i) + 1}.{name.replace('conv_shortcut', 'nin_shortcut')}"
+        layer, _, leaf = name.rpartition(".")
+        return f"{half}.mid.attn_1.{VAE_ATTENTION[layer]}.{leaf}"
+    block, kind, i, name = rest.split(".", 3)
+    way, place = ("down", int(block)) if side == "down_blocks" else ("up", blocks - 1 - int(block))
+    if kind in ("downsamplers", "upsamplers"):
+        return f"{half}.{way}.{place}.{kind[:-2]}.{name}"
+    return f"{half}.{way}.{place}.block.{i}.{name.replace('conv_shortcut', 'nin_shortcut')}"
+
+
+def _same(again: dict, state: dict, what: str) -> None:
+    wrong = [k for k in state if k not in again or again[k].shape != state[k].shape or not torch.equal(again[k], state[k])]
+    if wrong or again.keys() - state.keys():
+        raise UserError(f"the original layout does not hold this {what} ({(wrong or sorted(again.keys() - state.keys()))[0]} is lost): export it as fused")
