@@ -1,0 +1,96 @@
+"""The leaderboard's committed CSV (benchmarks/leaderboard), averaged over seeds, as a table and as points to plot."""
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PLACES = (HERE / "leaderboard", HERE.parent / "benchmarks" / "leaderboard")      # a pushed Space carries a copy; a clone has the original
+MISSING = "No leaderboard has been measured in this copy. `python benchmarks/leaderboard/run.py` makes one; its CSV then shows here."
+# column of the CSV -> what it is called here; the first four are what can be plotted as quality
+QUALITY = {"kid_efflite0": "kid_efflite0 (lower is better)", "diversity": "diversity", "recall": "recall", "precision": "precision"}
+COST = {"training_calls": "network calls of training", "training_seconds": "seconds of training"}
+TABLE = {"who": "model", "family": "family", "sampler": "sampler", "calls": "calls", "kid_efflite0": "kid_efflite0", "precision": "precision", "recall": "recall",
+         "coverage": "coverage", "agreement": "agreement", "diversity": "diversity", "training_calls": "training calls", "training_seconds": "training s", "seeds": "seeds"}
+TEXT = ("who", "kind", "family", "sampler", "warnings", "error")
+
+
+def boards() -> dict[str, Path]:
+    """CSV files by the name of their folder."""
+    for place in PLACES:
+        found = {p.parent.name: p for p in sorted(place.glob("*/leaderboard.csv"))}
+        if found:
+            return found
+    return {}
+
+
+def facts(path: Path) -> str:
+    """What the board was measured on, in a line."""
+    try:
+        said = json.loads((path.parent / "board.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    budget = f"{said['max_calls']:,} network calls" if said.get("max_calls") else f"{said.get('time_budget', 0):g} s"
+    return f"Teacher {said.get('teacher', '')}; every method trained for {budget}; {said.get('samples', '?')} samples a row; {said.get('hardware', '')}."
+
+
+def rows(path: Path) -> list[dict]:
+    """Rows of the CSV without errors, numbers as floats, mean over seeds of what differs in the seed alone; best first.
+
+    Raises ValueError when the file is no leaderboard."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"who", "calls", "kid_efflite0"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path.name} has no columns who, calls and kid_efflite0")
+        read = [r for r in reader if not r.get("error") and r.get("kid_efflite0")]
+    groups: dict[tuple, list[dict]] = {}
+    for r in read:
+        groups.setdefault((r["who"], r.get("sampler"), r.get("steps"), r["calls"]), []).append(r)
+    out = []
+    for group in groups.values():
+        mean: dict = {k: group[0].get(k) or "" for k in TEXT}
+        for key in group[0]:
+            if key not in TEXT and key != "seed":
+                values = [float(r[key]) for r in group if r[key] not in ("", None)]
+                mean[key] = statistics.fmean(values) if values else None
+        mean["family"] = mean["family"] or {"teacher": "the teacher", "solver": "training-free solver", "untrained": "before training"}.get(mean["kind"], "")
+        out.append(mean | {"seeds": len(group)})
+    return sorted(out, key=lambda r: r["kid_efflite0"])
+
+
+def table(found: list[dict]) -> tuple[list[str], list[list]]:
+    """Headers and cells for a sortable table."""
+    def cell(key, value):
+        if value is None:
+            return None
+        if isinstance(value, float):
+            return int(value) if key in ("calls", "training_calls", "training_seconds") else round(value, 1 if key == "kid_efflite0" else 3)
+        return value
+    return list(TABLE.values()), [[cell(k, r.get(k)) for k in TABLE] for r in found]
+
+
+def against_calls(found: list[dict], quality: str) -> dict[str, list[tuple[float, float, str]]]:
+    """Points (network calls, quality, model) by family."""
+    out: dict[str, list] = {}
+    for r in found:
+        if r.get(quality) is not None and r.get("calls"):
+            name = r["who"] + (f" ({r['sampler']})" if r.get("sampler") else "")
+            out.setdefault(r["family"], []).append((r["calls"], r[quality], name))
+    return out
+
+
+def against_cost(found: list[dict], quality: str, cost: str, most_calls: int = 4) -> dict[str, list[tuple[float, float, str]]]:
+    """Points (cost of training, best quality at no more than `most_calls` calls, model) by family."""
+    best: dict[str, dict] = {}
+    lower = quality == "kid_efflite0"
+    for r in found:
+        if r["kind"] == "method" and r.get(quality) is not None and r.get(cost) and r["calls"] <= most_calls:
+            known = best.get(r["who"])
+            if known is None or (r[quality] < known[quality]) == lower and r[quality] != known[quality]:
+                best[r["who"]] = r
+    out: dict[str, list] = {}
+    for r in best.values():
+        out.setdefault(r["family"], []).append((r[cost], r[quality], r["who"]))
+    return out

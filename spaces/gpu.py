@@ -1,0 +1,35 @@
+"""`gpu(seconds)`: a ZeroGPU lease around a function, and nothing anywhere else. Import this module before gradio.
+
+This folder is called `spaces` as the PyPI package is. Started from the folder above, `import spaces` would find the folder (an
+empty namespace) and gradio would mistake it for the package; then the name is blocked, which gradio takes for "not installed"."""
+from __future__ import annotations
+
+import os
+import sys
+from typing import Callable
+
+ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "true", "yes")
+
+
+def _package():
+    """The PyPI package `spaces`, or None."""
+    try:
+        import spaces
+    except ImportError:
+        return None
+    if not hasattr(spaces, "GPU"):
+        sys.modules["spaces"] = None
+        return None
+    return spaces
+
+
+_SPACES = _package()
+if ZERO_GPU and _SPACES is None:
+    raise SystemExit("error: this is a ZeroGPU Space without the package `spaces`: add it to requirements.txt")
+
+
+def gpu(seconds: int) -> Callable[[Callable], Callable]:
+    """Decorator: on ZeroGPU the call gets a GPU for at most `seconds`; short leases are queued first."""
+    if ZERO_GPU:
+        return _SPACES.GPU(duration=seconds)
+    return lambda function: function

@@ -1,0 +1,264 @@
+"""What the page shows, as HTML and SVG. Every word that comes from a visitor, a row or a card passes `escape`."""
+from __future__ import annotations
+
+import base64
+import io
+import math
+from html import escape as _escape
+from typing import Sequence
+
+from racing import LADDER, SEEDS, TEACHER_STEPS, Drawn, Ladder, Order, Race, Strip, seeds_of
+
+
+def escape(text) -> str:
+    return _escape(str(text), quote=True)
+
+
+def data_uri(image, final: bool = True) -> str:
+    """PNG of a finished picture, WebP of one on the way."""
+    out = io.BytesIO()
+    image.save(out, "PNG") if final else image.save(out, "WEBP", quality=80)
+    return f"data:image/{'png' if final else 'webp'};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def alert(message: str) -> str:
+    return f'<div class="fs-alert" role="alert"><b>That does not work.</b> {escape(message)}</div>' if message else ""
+
+
+def note(message: str) -> str:
+    return f'<p class="fs-note" role="status">{escape(message)}</p>' if message else ""
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+
+
+def number(value: float) -> str:
+    return f"{value:g}"
+
+
+def plural(n: float, word: str) -> str:
+    return f"{number(n)} {word}" + ("s" if n != 1 else "")
+
+
+def shown(subject: str) -> str:
+    return subject if len(subject) <= 60 else subject[:57] + "..."
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+def frame(image, alt: str, *, final: bool = True, waiting: str = "", busy: bool = False) -> str:
+    """A square of fixed size, with a picture or with what it waits for. Small pictures keep their pixels."""
+    if image is None:
+        return f'<div class="fs-frame fs-empty{" fs-busy" * busy}"><span>{escape(waiting)}</span></div>'
+    small = " fs-pixels" if image.width <= 96 else ""
+    return (f'<div class="fs-frame{" fs-busy" * (not final)}"><img class="{small.strip()}" src="{data_uri(image, final)}" alt="{escape(alt)}" '
+            f'width="{image.width}" height="{image.height}" decoding="sync"></div>')
+
+
+def meter(drawn: Drawn, most: float) -> str:
+    """Network calls as a bar, in proportion to the lane with the most."""
+    share = 100 * drawn.calls / most if most else 0
+    return f'<div class="fs-meter" aria-hidden="true"><i style="width:{max(share, 1 if drawn.calls else 0):.1f}%"></i></div>'
+
+
+def lane(drawn: Drawn, o: Order, most: float, running: bool) -> str:
+    role = "teacher" if drawn.role == "teacher" else "student"
+    image = drawn.images[0] if drawn.images else None
+    if drawn.note:
+        waiting = "not on this machine"
+    else:
+        waiting = "getting ready" if running else "waiting for the flag"
+    state = "" if drawn.finished else f", estimate after {drawn.done} of {drawn.steps} steps"
+    alt = f"{shown(o.subject) or 'sample'}, drawn by the {role} {drawn.who} from seed {o.seed}{state}"
+    clock = seconds(drawn.seconds) if drawn.done else "&ndash;"
+    progress = f'{plural(drawn.calls, "network call")}' if drawn.done else plural(drawn.steps, "step")
+    return (f'<article class="fs-lane fs-{role}"><header><span class="fs-role">{role}</span><h3 title="{escape(drawn.who)}">{escape(drawn.who)}</h3></header>'
+            f'{frame(image, alt, final=drawn.finished, waiting=waiting, busy=running and not drawn.finished and not drawn.note)}'
+            f'<p class="fs-clock">{clock}</p>{meter(drawn, most)}'
+            f'<p class="fs-calls"><b>{progress}</b> <span>step {drawn.done} of {drawn.steps}</span></p>'
+            f'{note(drawn.note)}</article>')
+
+
+def headline(r: Race) -> str:
+    student, teacher = r.lanes[0], r.lanes[-1]
+    if r.speedup is None:
+        if student.finished:
+            return f'<p class="fs-headline"><b>{seconds(student.seconds)}</b> and the student is done. <span>The teacher is still at it.</span></p>'
+        return '<p class="fs-headline"><b>On your marks.</b> <span>Both start from the same noise.</span></p>'
+    faster = f"{r.speedup:.1f}" if r.speedup < 10 else f"{r.speedup:.0f}"
+    return (f'<p class="fs-headline"><b>{faster}&times; faster</b> <span>{plural(student.calls, "network call")} instead of {number(teacher.calls)}, '
+            "from the same noise.</span></p>")
+
+
+def race_board(r: Race | None, o: Order | None = None, message: str = "", running: bool = False) -> str:
+    """The lanes of a race; with a message, what was wrong with the wish, above empty lanes."""
+    if r is None:
+        lanes = [Drawn("a few-step student", "student", 4), Drawn("its teacher", "teacher", TEACHER_STEPS)]
+        cells = "".join(lane(d, Order(None, "", 0, 4), 0, False) for d in lanes)
+        return (f'<section class="fs-board" aria-label="Race">{alert(message)}'
+                '<p class="fs-headline"><b>Ready.</b> <span>Choose what to draw and press Race.</span></p>'
+                f'<div class="fs-lanes fs-two">{cells}</div><p class="fs-foot">&nbsp;</p></section>')
+    o = r.order
+    most = max([d.calls for d in r.lanes] + [2 * TEACHER_STEPS if running else 0])
+    cells = "".join(lane(d, o, most, running) for d in r.lanes)
+    told = "Drawn when the page was started; the times are from then. " if r.cached else ""
+    running_now = f'<a id="fs-link" href="{escape(o.query)}">Link to this race</a>' if not running else "&nbsp;"
+    return (f'<section class="fs-board" aria-label="Race" aria-busy="{str(running).lower()}">{alert(message)}{note(o.note)}{headline(r)}'
+            f'<div class="fs-lanes fs-{("two", "three")[len(r.lanes) == 3]}">{cells}</div>'
+            f'<p class="fs-foot">{running_now} <span>{told}Wall time of one picture on this machine, models in memory; pictures on the way are not on the clock.</span></p></section>')
+
+
+def history(entries: Sequence[dict]) -> str:
+    """Finished races, newest first; each a link that draws it again."""
+    title = '<h2 class="fs-h2">Races so far</h2>'
+    if not entries:
+        return f'{title}<div class="fs-history"><p class="fs-note">Races you finish stay here, each with a link that draws it again.</p></div>'
+    cells = "".join(f'<a href="{escape(e["query"])}" title="{escape(e["title"])}"><img src="{e["image"]}" alt="{escape(e["title"])}" width="64" height="64">'
+                    f'<span>{escape(e["caption"])}</span></a>' for e in entries)
+    return f'{title}<nav class="fs-history" aria-label="Races so far">{cells}</nav>'
+
+
+def history_entry(r: Race) -> dict:
+    o, d = r.order, r.lanes[0]
+    small = d.images[0].copy()
+    small.thumbnail((96, 96))
+    speed = f"{r.speedup:.0f}x" if r.speedup else ""
+    return {"query": o.query, "title": f"{shown(o.subject)}, {o.student.name}, seed {o.seed}, {plural(o.steps, 'step')}", "image": data_uri(small),
+            "caption": f"{plural(o.steps, 'step')} {speed}".strip()}
+
+
+# ------------------------------------------------------------------------------------------------------- diversity
+def strip_board(s: Strip | None, message: str = "", running: bool = False) -> str:
+    blank = [Drawn("the student", "student", 1), Drawn("the teacher", "teacher", TEACHER_STEPS)]
+    rows, o = (s.rows, s.order) if s else (blank, None)
+    seeds = seeds_of(o) if o else list(range(SEEDS))
+    parts = []
+    for d in rows:
+        cells = "".join(f'<figure>{frame(d.images[i] if d.images else None, f"seed {seed} by the {d.role}", final=d.finished, waiting="", busy=running and not d.finished)}'
+                        f"<figcaption>{seed}</figcaption></figure>" for i, seed in enumerate(seeds))
+        value = s.diversity.get(d.role) if s else None
+        figure = f"diversity <b>{value:.3f}</b>" if value is not None else "diversity <b>&ndash;</b>"
+        parts.append(f'<div class="fs-strip fs-{d.role}"><p><span class="fs-role">{d.role}</span> {escape(d.who)}, {plural(d.steps, "step")} <span class="fs-right">{figure}</span></p>'
+                     f'<div class="fs-cells fs-eight">{cells}</div></div>')
+    if s and s.kept is not None:
+        head = (f'<p class="fs-headline"><b>{100 * s.kept:.0f} %</b> <span>of the teacher&rsquo;s variety is left. '
+                "A student that drew one picture from every seed would keep none.</span></p>")
+    else:
+        head = '<p class="fs-headline"><b>One subject, eight seeds.</b> <span>Few-step students pay for speed with variety: see how much.</span></p>'
+    return (f'<section class="fs-board" aria-label="Diversity">{alert(message)}{note(o.note if o else "")}{head}{"".join(parts)}'
+            '<p class="fs-foot"><span>Diversity: root-mean-square difference of two pictures of the subject, mean over all pairs, pixel values in [-1, 1].</span></p></section>')
+
+
+# ------------------------------------------------------------------------------------------------------- ladder
+def ladder_board(l: Ladder | None, trained: Sequence[int] = (), message: str = "", running: bool = False) -> str:
+    o = l.order if l else None
+    rungs = l.rungs if l else {k: (None, None) for k in LADDER}
+    served = o.student.steps if o else trained
+    def cell(d, alt, waiting, busy):
+        picture = frame(d.images[0] if d else None, alt, waiting=waiting, busy=busy)
+        said = f"{plural(d.calls, 'call')} &middot; {seconds(d.seconds)}" if d else "&nbsp;"
+        return f"<figure>{picture}<figcaption>{said}</figcaption></figure>"
+    rows = []
+    for i, role in enumerate(("student", "teacher")):
+        cells = ""
+        for k in LADDER:
+            d = rungs[k][i]
+            outside = role == "student" and served and k not in served
+            waiting = f"not trained for {plural(k, 'step')}" if outside else ""
+            cells += cell(d, f"{role}, {plural(d.steps, 'step')}, {plural(d.calls, 'network call')}" if d else "", waiting, running and not d and not outside)
+        if role == "teacher":
+            r = l.reference if l else None
+            cells += cell(r, f"teacher at leisure, {TEACHER_STEPS} steps" if r else "", "", running and not r)
+        else:
+            cells += '<figure class="fs-legend"><p>The same number of network calls in each column. A guided teacher step is two calls; with one call it goes unguided.</p></figure>'
+        rows.append(f'<div class="fs-strip fs-{role}"><p><span class="fs-role">{role}</span> {escape((o.student.name if role == "student" else o.student.teacher) if o else "")}</p>'
+                    f'<div class="fs-cells fs-five">{cells}</div></div>')
+    heads = "".join(f"<span>{plural(k, 'call')}</span>" for k in LADDER) + "<span>at leisure</span>"
+    return (f'<section class="fs-board" aria-label="Steps ladder">{alert(message)}{note(o.note if o else "")}'
+            '<p class="fs-headline"><b>What a step buys.</b> <span>Student and teacher with the same number of network calls, on the same noise.</span></p>'
+            f'<div class="fs-cells fs-five fs-heads" aria-hidden="true">{heads}</div>{"".join(rows)}</section>')
+
+
+# ------------------------------------------------------------------------------------------------------- plots
+MARKS = ("circle", "square", "diamond", "triangle", "cross")
+
+
+def _mark(kind: str, x: float, y: float) -> str:
+    r = 4.5
+    if kind == "square":
+        return f'<rect x="{x - r + .5:.1f}" y="{y - r + .5:.1f}" width="{2 * r - 1}" height="{2 * r - 1}"/>'
+    if kind == "diamond":
+        return f'<path d="M{x:.1f} {y - r - 1:.1f}l{r + 1} {r + 1}l-{r + 1} {r + 1}l-{r + 1} -{r + 1}z"/>'
+    if kind == "triangle":
+        return f'<path d="M{x:.1f} {y - r:.1f}l{r} {2 * r - 1}h-{2 * r}z"/>'
+    if kind == "cross":
+        return f'<path class="fs-stroke" d="M{x - r:.1f} {y - r:.1f}l{2 * r} {2 * r}m0 -{2 * r}l-{2 * r} {2 * r}"/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    if log:
+        found = [m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
+        return [t for t in found if low * 0.999 <= t <= high * 1.001]
+    step = 10.0 ** math.floor(math.log10((high - low) or 1))
+    step = step / 2 if (high - low) / step < 3 else step
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def scatter(series: dict[str, list[tuple[float, float, str]]], x: str, y: str, title: str, *, log_x: bool = True, log_y: bool = False, joined: bool = False) -> str:
+    """Points (x, y, name) by group, as SVG that follows the page's colours. Groups differ by colour and by mark."""
+    points = [p for group in series.values() for p in group]
+    if not points:
+        return f'<p class="fs-note">{escape(title)}: nothing to plot.</p>'
+    width, height, left, bottom, top, right = 520, 300, 52, 40, 14, 14
+    log_y = log_y and min(p[1] for p in points) > 0
+    log_x = log_x and min(p[0] for p in points) > 0
+    spread = lambda v, log: (min(v) / 1.15, max(v) * 1.15) if log else (min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
+    (x0, x1), (y0, y1) = spread([p[0] for p in points], log_x), spread([p[1] for p in points], log_y)
+    place = lambda v, a, b, log: (math.log(v / a) / math.log(b / a)) if log else (v - a) / (b - a)
+    at_x = lambda v: left + place(v, x0, x1, log_x) * (width - left - right)
+    at_y = lambda v: height - bottom - place(v, y0, y1, log_y) * (height - bottom - top)
+    parts = [f'<line class="fs-grid" x1="{left}" x2="{width - right}" y1="{at_y(t):.1f}" y2="{at_y(t):.1f}"/><text x="{left - 6}" y="{at_y(t) + 4:.1f}" text-anchor="end">{_short(t)}</text>'
+             for t in _ticks(y0, y1, log_y)]
+    used = -99.0
+    for t in _ticks(x0, x1, log_x):
+        if at_x(t) - used > 30:
+            used = at_x(t)
+            parts.append(f'<text x="{used:.1f}" y="{height - bottom + 16}" text-anchor="middle">{_short(t)}</text>')
+    for i, (name, group) in enumerate(series.items()):
+        marks = ""
+        if joined:
+            by: dict[str, list] = {}
+            for p in group:
+                by.setdefault(p[2], []).append(p)
+            for run in by.values():
+                run.sort()
+                marks += f'<polyline points="{" ".join(f"{at_x(a):.1f},{at_y(b):.1f}" for a, b, _ in run)}"/>'
+        for a, b, who in group:
+            marks += f"<g>{_mark(MARKS[i % len(MARKS)], at_x(a), at_y(b))}<title>{escape(who)}: {_short(round(a, 3))} {escape(x)}, {b:.3g} {escape(y)}</title></g>"
+        parts.append(f'<g class="fs-series fs-s{i % 5}">{marks}</g>')
+    parts.append(f'<text class="fs-axis" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x)}</text>'
+                 f'<text class="fs-axis" transform="translate(12 {(height - bottom + top) / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
+    keys = "".join(f'<li><svg width="14" height="14" aria-hidden="true"><g class="fs-series fs-s{i % 5}">{_mark(MARKS[i % len(MARKS)], 7, 7)}</g></svg>{escape(name)}</li>'
+                   for i, name in enumerate(series))
+    return (f'<figure class="fs-plot"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}: {len(points)} points">'
+            f'{"".join(parts)}</svg><ul>{keys}</ul></figure>')
+
+
+def curve(points: list[tuple[float, float]], title: str) -> str:
+    """One quantity over training steps."""
+    if len(points) < 2:
+        return f'<figure class="fs-plot fs-curve"><figcaption>{escape(title)}</figcaption><div class="fs-blank"></div></figure>'
+    width, height, pad = 300, 90, 6
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    at = lambda v, a, b, n: pad + (v - a) / ((b - a) or 1) * (n - 2 * pad)
+    line = " ".join(f"{at(a, min(xs), max(xs), width):.1f},{height - at(b, min(ys), max(ys), height):.1f}" for a, b in points)
+    return (f'<figure class="fs-plot fs-curve"><figcaption>{escape(title)} <b>{ys[-1]:.4g}</b></figcaption><svg viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{escape(title)}, from {ys[0]:.4g} to {ys[-1]:.4g}"><g class="fs-series fs-s0"><polyline points="{line}"/></g></svg></figure>')
