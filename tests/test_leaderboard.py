@@ -410,7 +410,7 @@ def test_the_guard_speaks_of_every_problem():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("FEWSTEP_LEADERBOARD" not in os.environ, reason="many minutes: set FEWSTEP_LEADERBOARD=1 to train and measure two methods")
+@pytest.mark.alone
 def test_quick_two_methods_beat_the_untrained_student(tmp_path):
     """Calls, not seconds, so that a slow machine trains as far as a fast one."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks/leaderboard/run.py"), "--quick", "--results", str(tmp_path / "board"), "--work", str(tmp_path / "work")],

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ninety_seconds_of_dmd_close_part_of_the_gap_on_fashion(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     subprocess.run([sys.executable, str(ROOT / "train_scripts/train_dmd.py"), "--teacher", "fashion", "--student_times", "1.0", "--time_budget", "90",

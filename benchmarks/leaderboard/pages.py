@@ -119,7 +119,7 @@ def papers(entries: list[dict], here: Path) -> str:
     return "\n".join(lines)
 
 
-def short(entries: list[dict], facts: dict, top: int = 10) -> str:
+def short(entries: list[dict], facts: dict, top: int = 24) -> str:
     """The project README's table: the best students by their best row at no more than 4 calls."""
     students = [[r for r in g if r["calls"] <= 4] for g in by_student(average(flat(entries))) if g[0]["kind"] in ("method", "untrained")]
     students = sorted((g for g in students if g), key=lambda g: min(r["kid_efflite0"][0] for r in g))[:top]
@@ -128,7 +128,11 @@ def short(entries: list[dict], facts: dict, top: int = 10) -> str:
              + (f"{facts['max_calls']:,} network calls" if facts["max_calls"] else f"{facts['time_budget']:g} s") + " of training:", "", "| model | 1 | 2 | 4 |", "|---|---|---|---|"]
     for g in students:
         at = {r["calls"]: show(r["kid_efflite0"]) for r in g}
-        lines.append(f"| {g[0]['who']} | " + " | ".join(at.get(k, "") for k in (1, 2, 4)) + " |")
+        who = g[0]["who"] + (" (by its own two-time rule)" if g[0]["sampler"] == "jump" else "")
+        lines.append(f"| {who} | " + " | ".join(at.get(k, "") for k in (1, 2, 4)) + " |")
+    solvers = [r for r in average(flat(entries)) if r["kind"] == "solver"]
+    if solvers:
+        lines += ["", "Without training: " + ", ".join(f"{r['who']} {show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(solvers, key=lambda r: (r["who"], r["calls"]))) + "."]
     lines += ["", "The teacher: " + ", ".join(f"{show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(teacher, key=lambda r: -r["calls"])) + ". [All of it](benchmarks/leaderboard/README.md)."]
     return "\n".join(lines)
 

@@ -115,14 +115,14 @@ class Bench:
 
     @torch.no_grad()
     def sample(self, net, steps: int, rule: str, index: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Decoded images for conditions `index`."""
+        """Decoded images for conditions `index`; the teacher alone is guided."""
         from zoo import rollout
         times = 1 - torch.arange(steps, dtype=torch.float64) / steps
         fresh = torch.Generator().manual_seed(5)
         out = []
         for at in torch.arange(len(index)).split(100):
             i = index[at]
-            guided = {"uncond": self.part(self.uncond, i), "guidance": self.model.guidance} if rule == "ode" else {}
+            guided = {"uncond": self.part(self.uncond, i), "guidance": self.model.guidance} if net is self.model.teacher else {}
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.model.bf16_on_cpu):      # teacher and student alike
                 x = rollout.sample(net, noise[at], self.part(self.cond, i), times, rule,
                                    lambda: torch.randn(len(at), *self.model.shape, generator=fresh), **guided)
@@ -133,7 +133,7 @@ class Bench:
         images = self.sample(net, steps, rule, torch.arange(self.n), self.noise)
         feats = self.features(images)
         kid = self.metrics.kid(feats, self.real)
-        row = {"who": who, "steps": steps, "calls": steps * (2 if rule == "ode" and self.model.guidance != 1 else 1), "samples": self.n,
+        row = {"who": who, "steps": steps, "calls": steps * (2 if net is self.model.teacher and self.model.guidance != 1 else 1), "samples": self.n,
                "kid_efflite0": round(kid.value, 2), "low": round(kid.low, 2), "high": round(kid.high, 2)}
         if self.teacher == "fashion":
             row["class_accuracy"] = round(self.metrics.class_accuracy(images, self.label), 4)
@@ -163,6 +163,7 @@ def gap_closed(rows: list[dict], label: str) -> dict[str, float]:
 
 
 def bench(teacher: str, cfg: Config) -> dict:
+    from zoo.hub.record import read_record
     log = HERE / f"results-{teacher}.json"
     state = json.loads(log.read_text()) if log.exists() and not cfg.fresh else {"teacher": teacher, "hardware": hardware(), "rows": [], "jobs": {}, "gap_closed": {}}
     save = lambda: log.write_text(json.dumps(state, indent=1) + "\n")
@@ -177,7 +178,8 @@ def bench(teacher: str, cfg: Config) -> dict:
     b = Bench(teacher, cfg.samples)
     state |= {"samples": b.n, "guidance": b.model.guidance, "sampling_precision": "bf16 autocast" if b.model.bf16_on_cpu else "float32"}
     net = student_net(b.model, state["jobs"][cfg.label]["folder"])
-    plan = [(cfg.label, net, k, "renoise") for k in STUDENT_STEPS] + [("teacher", b.model.teacher, k, "ode") for k in reversed(TEACHER_STEPS)]
+    rule = read_record(state["jobs"][cfg.label]["folder"])[0].sampler
+    plan = [(cfg.label, net, k, rule) for k in STUDENT_STEPS] + [("teacher", b.model.teacher, k, "ode") for k in reversed(TEACHER_STEPS)]
     for who, n, steps, rule in plan:
         if any((r["who"], r["steps"]) == (who, steps) for r in state["rows"]):
             continue

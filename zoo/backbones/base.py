@@ -241,7 +241,11 @@ class Latent(Backbone):
         self.folder, self.name, self.data = folder, name, data
         self.guidance = guidance or self.stock_guidance
         precision = {"default": torch.float32} | {part: torch.bfloat16 for part in self.large_encoders if torch.cuda.is_available()}
-        self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=precision, use_safetensors=True, **parts)
+        try:
+            self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=precision, use_safetensors=True, **parts)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{name} cannot be opened as a pipeline ({type(error).__name__}: {str(error).splitlines()[0][:200]}): it needs every "
+                            "part its model_index.json names, as safetensors") from error
         self.pipe.set_progress_bar_config(disable=True)
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module):
