@@ -151,6 +151,9 @@ OURS: tuple[Student, ...] = (
     shipped("dmd.fashion-4step", "dmd", "fashion", (4, 2, 1), "mit", base_license="mit", pipeline="ConsistencyModelPipeline",
             metrics=tuple(Metric("kid_efflite0", value, steps, _FASHION, "benchmarks/quickstart/results-fashion.json")
                           for steps, value in ((4, 680.0), (2, 736.0), (1, 1260.0)))),
+    shipped("reflow.fashion-4step", "reflow", "fashion", (4, 2, 1), "mit", base_license="mit", pipeline="ConsistencyModelPipeline",
+            metrics=tuple(Metric("kid_efflite0", value, steps, _FASHION, "benchmarks/quickstart/results-fashion.json")
+                          for steps, value in ((4, 310.1), (2, 289.3), (1, 432.7)))),
 )
 STUDENTS: tuple[Student, ...] = OURS + community.ROWS
 PAPERS: tuple[Paper, ...] = community.PAPERS
