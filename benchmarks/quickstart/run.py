@@ -216,6 +216,9 @@ def picture(b: Bench, net, rule: str, teacher: str):
 def readme(states: list[dict]):
     """The results block of README.md, from the logs."""
     lines = []
+    if (log := HERE / "install.json").exists():
+        took = json.loads(log.read_text())
+        lines += [f"Install into a new environment: {took['install_seconds']:.0f} s ({took['hardware']}; packages from an index close by, a download takes longer).", ""]
     for s in (s for s in states if s["rows"]):
         own = "class_accuracy" if s["teacher"] == "fashion" else "retrieval@5"
         job = s["jobs"].get("student", {})
@@ -230,7 +233,7 @@ def readme(states: list[dict]):
             lines += ["", f"Not measured yet: teacher at {', '.join(map(str, missing))} steps{', and so the gap closed' * (50 in missing)}."]
         for label, job in s["jobs"].items():
             if own := job.get("own"):
-                lines += ["", f"{label.capitalize()}, gap closed in the run's own measure (`{own['name']}`, {own['samples']} samples, to the teacher's {own['reference_steps']} steps): "
+                lines += ["", f"`{label}`, gap closed in the run's own measure (`{own['name']}`, {own['samples']} samples, to the teacher's {own['reference_steps']} steps): "
                           + ", ".join(f"{v:.2f} at {k}" for k, v in sorted(own["gap_closed"].items())) + "."]
         lines.append("")
     path = ROOT / "README.md"
