@@ -25,6 +25,8 @@ def _said(fn):
         return fn()
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from None
+    except gr.Error:          # of ZeroGPU, in its own words
+        raise
     except Exception:
         traceback.print_exc()
         raise gr.Error(BROKEN, print_exception=False) from None

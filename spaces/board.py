@@ -1,4 +1,4 @@
-"""The leaderboard's committed CSV (benchmarks/leaderboard), averaged over seeds, as a table and as points to plot."""
+"""The leaderboard's committed CSV (benchmarks/leaderboard), mean and spread over seeds, as a table and as points to plot."""
 from __future__ import annotations
 
 import csv
@@ -12,8 +12,10 @@ MISSING = "No leaderboard has been measured in this copy. `python benchmarks/lea
 # column of the CSV -> what it is called here; the first four are what can be plotted as quality
 QUALITY = {"kid_efflite0": "kid_efflite0 (lower is better)", "diversity": "diversity", "recall": "recall", "precision": "precision"}
 COST = {"training_calls": "network calls of training", "training_seconds": "seconds of training"}
-TABLE = {"who": "model", "family": "family", "sampler": "sampler", "calls": "calls", "kid_efflite0": "kid_efflite0", "precision": "precision", "recall": "recall",
-         "coverage": "coverage", "agreement": "agreement", "diversity": "diversity", "training_calls": "training calls", "training_seconds": "training s", "seeds": "seeds"}
+SPREAD = "_spread"           # column + SPREAD: standard deviation over seeds
+TABLE = {"who": "model", "family": "family", "sampler": "sampler", "calls": "calls", "kid_efflite0": "kid_efflite0", "kid_efflite0" + SPREAD: "± over seeds", "precision": "precision", "recall": "recall",
+         "coverage": "coverage", "agreement": "agreement", "diversity": "diversity", "training_calls": "training calls", "training_seconds": "training s", "seeds": "seeds", "warnings": "health warnings"}
+FAMILIES = ("trajectory", "the teacher", "distribution matching", "adversarial", "training-free solver", "before training")      # in the order of their marks
 TEXT = ("who", "kind", "family", "sampler", "warnings", "error")
 
 
@@ -26,18 +28,40 @@ def boards() -> dict[str, Path]:
     return {}
 
 
+def _said(path: Path) -> dict:
+    """What the board's rows share, {} when that is not recorded."""
+    try:
+        return json.loads((path.parent / "board.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _budget(said: dict) -> str:
+    return f"{said['max_calls']:,} network calls" if said.get("max_calls") else f"{said.get('time_budget', 0):g} s"
+
+
+def label(path: Path) -> str:
+    """What a board is called in the list of boards."""
+    said = _said(path)
+    return f"{said['teacher']}, {_budget(said)}" if said.get("teacher") else path.parent.name
+
+
+def telling_cost(path: Path) -> str:
+    """The column of COST in which the board's rows differ: the other one was the budget of all."""
+    return "training_seconds" if _said(path).get("max_calls") else "training_calls"
+
+
 def facts(path: Path) -> str:
     """What the board was measured on, in a line."""
-    try:
-        said = json.loads((path.parent / "board.json").read_text())
-    except (OSError, ValueError):
+    said = _said(path)
+    if not said:
         return ""
-    budget = f"{said['max_calls']:,} network calls" if said.get("max_calls") else f"{said.get('time_budget', 0):g} s"
-    return f"Teacher {said.get('teacher', '')}; every method trained for {budget}; {said.get('samples', '?')} samples a row; {said.get('hardware', '')}."
+    return f"Teacher {said.get('teacher', '')}; every method trained for {_budget(said)}; {said.get('samples', '?')} samples a row; {said.get('hardware', '')}."
 
 
 def rows(path: Path) -> list[dict]:
-    """Rows of the CSV without errors, numbers as floats, mean over seeds of what differs in the seed alone; best first.
+    """Rows of the CSV without errors, numbers as floats, best first. What differs in the seed alone is one row: the mean, `seeds`, and
+    for each number the standard deviation over seeds under its name + SPREAD (None for one seed).
 
     Raises ValueError when the file is no leaderboard."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -51,38 +75,41 @@ def rows(path: Path) -> list[dict]:
     out = []
     for group in groups.values():
         mean: dict = {k: group[0].get(k) or "" for k in TEXT}
+        mean["warnings"] = ", ".join(sorted({w.strip() for r in group for w in (r.get("warnings") or "").split(";") if w.strip()}))
         for key in group[0]:
             if key not in TEXT and key != "seed":
                 values = [float(r[key]) for r in group if r[key] not in ("", None)]
                 mean[key] = statistics.fmean(values) if values else None
+                mean[key + SPREAD] = statistics.stdev(values) if len(values) > 1 else None
         mean["family"] = mean["family"] or {"teacher": "the teacher", "solver": "training-free solver", "untrained": "before training"}.get(mean["kind"], "")
         out.append(mean | {"seeds": len(group)})
     return sorted(out, key=lambda r: r["kid_efflite0"])
 
 
 def table(found: list[dict]) -> tuple[list[str], list[list]]:
-    """Headers and cells for a sortable table."""
+    """Headers and cells for a sortable table, without the columns that are empty on this board."""
     def cell(key, value):
         if value is None:
             return None
         if isinstance(value, float):
-            return int(value) if key in ("calls", "training_calls", "training_seconds") else round(value, 1 if key == "kid_efflite0" else 3)
+            return int(value) if key in ("calls", "training_calls", "training_seconds") else round(value, 1 if key.startswith("kid_efflite0") else 3)
         return value
-    return list(TABLE.values()), [[cell(k, r.get(k)) for k in TABLE] for r in found]
+    shown = [k for k in TABLE if any(r.get(k) not in (None, "") for r in found)]
+    return [TABLE[k] for k in shown], [[cell(k, r.get(k)) for k in shown] for r in found]
 
 
-def against_calls(found: list[dict], quality: str) -> dict[str, list[tuple[float, float, str]]]:
-    """Points (network calls, quality, model) by family."""
+def against_calls(found: list[dict], quality: str) -> dict[str, list[tuple]]:
+    """Points (network calls, quality, model, spread over seeds or 0) by family."""
     out: dict[str, list] = {}
     for r in found:
         if r.get(quality) is not None and r.get("calls"):
             name = r["who"] + (f" ({r['sampler']})" if r.get("sampler") else "")
-            out.setdefault(r["family"], []).append((r["calls"], r[quality], name))
+            out.setdefault(r["family"], []).append((r["calls"], r[quality], name, r.get(quality + SPREAD) or 0.0))
     return out
 
 
-def against_cost(found: list[dict], quality: str, cost: str, most_calls: int = 4) -> dict[str, list[tuple[float, float, str]]]:
-    """Points (cost of training, best quality at no more than `most_calls` calls, model) by family."""
+def against_cost(found: list[dict], quality: str, cost: str, most_calls: int = 4) -> dict[str, list[tuple]]:
+    """Points (cost of training, best quality at no more than `most_calls` calls, model, spread over seeds or 0) by family."""
     best: dict[str, dict] = {}
     lower = quality == "kid_efflite0"
     for r in found:
@@ -92,5 +119,5 @@ def against_cost(found: list[dict], quality: str, cost: str, most_calls: int = 4
                 best[r["who"]] = r
     out: dict[str, list] = {}
     for r in best.values():
-        out.setdefault(r["family"], []).append((r[cost], r[quality], r["who"]))
+        out.setdefault(r["family"], []).append((r[cost], r[quality], r["who"], r.get(quality + SPREAD) or 0.0))
     return out

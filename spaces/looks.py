@@ -5,6 +5,7 @@ import base64
 import io
 import math
 from html import escape as _escape
+from pathlib import Path
 from typing import Sequence
 
 from racing import LADDER, SEEDS, TEACHER_STEPS, Drawn, Ladder, Order, Race, Strip, seeds_of
@@ -41,6 +42,11 @@ def plural(n: float, word: str) -> str:
     return f"{number(n)} {word}" + ("s" if n != 1 else "")
 
 
+def called(who: str) -> str:
+    """A model's name without the folders before it; Hub ids stay whole."""
+    return Path(who).name if Path(who).is_absolute() else who
+
+
 def shown(subject: str) -> str:
     return subject if len(subject) <= 60 else subject[:57] + "..."
 
@@ -69,10 +75,10 @@ def lane(drawn: Drawn, o: Order, most: float, running: bool) -> str:
     else:
         waiting = "getting ready" if running else "waiting for the flag"
     state = "" if drawn.finished else f", estimate after {drawn.done} of {drawn.steps} steps"
-    alt = f"{shown(o.subject) or 'sample'}, drawn by the {role} {drawn.who} from seed {o.seed}{state}"
+    alt = f"{shown(o.subject) or 'sample'}, drawn by the {role} {called(drawn.who)} from seed {o.seed}{state}"
     clock = seconds(drawn.seconds) if drawn.done else "&ndash;"
     progress = f'{plural(drawn.calls, "network call")}' if drawn.done else plural(drawn.steps, "step")
-    return (f'<article class="fs-lane fs-{role}"><header><span class="fs-role">{role}</span><h3 title="{escape(drawn.who)}">{escape(drawn.who)}</h3></header>'
+    return (f'<article class="fs-lane fs-{role}"><header><span class="fs-role">{role}</span><h3 title="{escape(drawn.who)}">{escape(called(drawn.who))}</h3></header>'
             f'{frame(image, alt, final=drawn.finished, waiting=waiting, busy=running and not drawn.finished and not drawn.note)}'
             f'<p class="fs-clock">{clock}</p>{meter(drawn, most)}'
             f'<p class="fs-calls"><b>{progress}</b> <span>step {drawn.done} of {drawn.steps}</span></p>'
@@ -138,9 +144,12 @@ def strip_board(s: Strip | None, message: str = "", running: bool = False) -> st
                         f"<figcaption>{seed}</figcaption></figure>" for i, seed in enumerate(seeds))
         value = s.diversity.get(d.role) if s else None
         figure = f"diversity <b>{value:.3f}</b>" if value is not None else "diversity <b>&ndash;</b>"
-        parts.append(f'<div class="fs-strip fs-{d.role}"><p><span class="fs-role">{d.role}</span> {escape(d.who)}, {plural(d.steps, "step")} <span class="fs-right">{figure}</span></p>'
+        parts.append(f'<div class="fs-strip fs-{d.role}"><p><span class="fs-role">{d.role}</span> {escape(called(d.who))}, {plural(d.steps, "step")} <span class="fs-right">{figure}</span></p>'
                      f'<div class="fs-cells fs-eight">{cells}</div></div>')
-    if s and s.kept is not None:
+    if s and s.kept is not None and s.kept > 1.02:
+        head = (f'<p class="fs-headline"><b>{s.kept:.1f} times</b> <span>the teacher&rsquo;s variety. '
+                "Mistakes that differ from seed to seed count as variety too: look at the pictures.</span></p>")
+    elif s and s.kept is not None:
         head = (f'<p class="fs-headline"><b>{100 * s.kept:.0f} %</b> <span>of the teacher&rsquo;s variety is left. '
                 "A student that drew one picture from every seed would keep none.</span></p>")
     else:
@@ -170,17 +179,18 @@ def ladder_board(l: Ladder | None, trained: Sequence[int] = (), message: str = "
             r = l.reference if l else None
             cells += cell(r, f"teacher at leisure, {TEACHER_STEPS} steps" if r else "", "", running and not r)
         else:
-            cells += '<figure class="fs-legend"><p>The same number of network calls in each column. A guided teacher step is two calls; with one call it goes unguided.</p></figure>'
-        rows.append(f'<div class="fs-strip fs-{role}"><p><span class="fs-role">{role}</span> {escape((o.student.name if role == "student" else o.student.teacher) if o else "")}</p>'
+            cells += "<figure></figure>"
+        rows.append(f'<div class="fs-strip fs-{role}"><p><span class="fs-role">{role}</span> {escape(called(o.student.name if role == "student" else o.student.teacher) if o else "")}</p>'
                     f'<div class="fs-cells fs-five">{cells}</div></div>')
     heads = "".join(f"<span>{plural(k, 'call')}</span>" for k in LADDER) + "<span>at leisure</span>"
     return (f'<section class="fs-board" aria-label="Steps ladder">{alert(message)}{note(o.note if o else "")}'
             '<p class="fs-headline"><b>What a step buys.</b> <span>Student and teacher with the same number of network calls, on the same noise.</span></p>'
-            f'<div class="fs-cells fs-five fs-heads" aria-hidden="true">{heads}</div>{"".join(rows)}</section>')
+            f'<div class="fs-cells fs-five fs-heads" aria-hidden="true">{heads}</div>{"".join(rows)}'
+            '<p class="fs-foot"><span>A guided teacher step is two network calls; with one call it goes unguided.</span></p></section>')
 
 
 # ------------------------------------------------------------------------------------------------------- plots
-MARKS = ("circle", "square", "diamond", "triangle", "cross")
+MARKS = ("circle", "square", "triangle", "diamond", "cross", "plus")
 
 
 def _mark(kind: str, x: float, y: float) -> str:
@@ -193,13 +203,18 @@ def _mark(kind: str, x: float, y: float) -> str:
         return f'<path d="M{x:.1f} {y - r:.1f}l{r} {2 * r - 1}h-{2 * r}z"/>'
     if kind == "cross":
         return f'<path class="fs-stroke" d="M{x - r:.1f} {y - r:.1f}l{2 * r} {2 * r}m0 -{2 * r}l-{2 * r} {2 * r}"/>'
+    if kind == "plus":
+        return f'<path class="fs-stroke" d="M{x - r - 1:.1f} {y:.1f}h{2 * r + 2}m-{r + 1} -{r + 1}v{2 * r + 2}"/>'
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
-        found = [m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
-        return [t for t in found if low * 0.999 <= t <= high * 1.001]
+        for round_ones in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+            found = [m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in round_ones]
+            found = [t for t in found if low * 0.999 <= t <= high * 1.001]
+            if len(found) >= 3:
+                return found
     step = 10.0 ** math.floor(math.log10((high - low) or 1))
     step = step / 2 if (high - low) / step < 3 else step
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -212,16 +227,20 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def scatter(series: dict[str, list[tuple[float, float, str]]], x: str, y: str, title: str, *, log_x: bool = True, log_y: bool = False, joined: bool = False) -> str:
-    """Points (x, y, name) by group, as SVG that follows the page's colours. Groups differ by colour and by mark."""
+def scatter(series: dict[str, list[tuple]], x: str, y: str, title: str, *, log_x: bool = True, log_y: bool = False, joined: bool = False,
+            named: int = 0, lower: bool = False, order: Sequence[str] = ()) -> str:
+    """Points (x, y, name, spread of y) by group, as SVG that follows the page's colours. Groups differ by colour and by mark, a group of
+    `order` always the same; a spread above 0 is a bar of that length both ways. joined: a line through the points of a name; named: how
+    many names, best first (lower: small y is), stand beside their best point where there is room."""
     points = [p for group in series.values() for p in group]
     if not points:
         return f'<p class="fs-note">{escape(title)}: nothing to plot.</p>'
     width, height, left, bottom, top, right = 520, 300, 52, 40, 14, 14
     log_y = log_y and min(p[1] for p in points) > 0
     log_x = log_x and min(p[0] for p in points) > 0
-    spread = lambda v, log: (min(v) / 1.15, max(v) * 1.15) if log else (min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
-    (x0, x1), (y0, y1) = spread([p[0] for p in points], log_x), spread([p[1] for p in points], log_y)
+    low = lambda p: max(p[1] - p[3], p[1] / 2) if log_y else p[1] - p[3]         # a bar has no end at zero on a logarithmic axis
+    reach = lambda v, log: (min(v) / 1.15, max(v) * 1.15) if log else (min(v) - 0.06 * (max(v) - min(v) or 1), max(v) + 0.06 * (max(v) - min(v) or 1))
+    (x0, x1), (y0, y1) = reach([p[0] for p in points], log_x), reach([v for p in points for v in (low(p), p[1] + p[3])], log_y)
     place = lambda v, a, b, log: (math.log(v / a) / math.log(b / a)) if log else (v - a) / (b - a)
     at_x = lambda v: left + place(v, x0, x1, log_x) * (width - left - right)
     at_y = lambda v: height - bottom - place(v, y0, y1, log_y) * (height - bottom - top)
@@ -232,33 +251,50 @@ def scatter(series: dict[str, list[tuple[float, float, str]]], x: str, y: str, t
         if at_x(t) - used > 30:
             used = at_x(t)
             parts.append(f'<text x="{used:.1f}" y="{height - bottom + 16}" text-anchor="middle">{_short(t)}</text>')
-    for i, (name, group) in enumerate(series.items()):
-        marks = ""
+    known = [name for name in order if name in series] + [name for name in series if name not in order]
+    slot = lambda name: (order.index(name) if name in order else len(order) + known.index(name)) % len(MARKS)
+    for name in known:
+        group, marks = series[name], ""
         if joined:
             by: dict[str, list] = {}
             for p in group:
                 by.setdefault(p[2], []).append(p)
             for run in by.values():
-                run.sort()
-                marks += f'<polyline points="{" ".join(f"{at_x(a):.1f},{at_y(b):.1f}" for a, b, _ in run)}"/>'
-        for a, b, who in group:
-            marks += f"<g>{_mark(MARKS[i % len(MARKS)], at_x(a), at_y(b))}<title>{escape(who)}: {_short(round(a, 3))} {escape(x)}, {b:.3g} {escape(y)}</title></g>"
-        parts.append(f'<g class="fs-series fs-s{i % 5}">{marks}</g>')
+                marks += f'<polyline points="{" ".join(f"{at_x(p[0]):.1f},{at_y(p[1]):.1f}" for p in sorted(run))}"/>'
+        for p in group:
+            bar = f'<line class="fs-bar" x1="{at_x(p[0]):.1f}" x2="{at_x(p[0]):.1f}" y1="{at_y(low(p)):.1f}" y2="{at_y(p[1] + p[3]):.1f}"/>' if p[3] else ""
+            said = f"{p[1]:.3g}" + (f" ± {p[3]:.2g}" if p[3] else "")
+            marks += f"<g>{bar}{_mark(MARKS[slot(name)], at_x(p[0]), at_y(p[1]))}<title>{escape(p[2])}: {_short(round(p[0], 3))} {escape(x)}, {said} {escape(y)}</title></g>"
+        parts.append(f'<g class="fs-series fs-s{slot(name)}">{marks}</g>')
+    taken = [(at_x(p[0]) - 4, at_x(p[0]) + 4, at_y(p[1])) for p in points]
+    written: set[str] = set()
+    for p in sorted(points, key=lambda p: p[1] if lower else -p[1]):
+        if p[2] not in written and len(written) < named:
+            wide = 5.8 * len(p[2])
+            for start, anchor in ((at_x(p[0]) + 8, "start"), (at_x(p[0]) - 8 - wide, "end")):
+                box = start, start + wide, at_y(p[1])
+                if box[0] > left and box[1] < width and not any(box[0] < b and a < box[1] and abs(c - box[2]) < 9 for a, b, c in taken):
+                    taken.append(box)
+                    parts.append(f'<text class="fs-name" x="{box[0] if anchor == "start" else box[1]:.1f}" y="{box[2] + 3.5:.1f}" text-anchor="{anchor}">{escape(p[2])}</text>')
+                    break
+            written.add(p[2])
     parts.append(f'<text class="fs-axis" x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x)}</text>'
                  f'<text class="fs-axis" transform="translate(12 {(height - bottom + top) / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
-    keys = "".join(f'<li><svg width="14" height="14" aria-hidden="true"><g class="fs-series fs-s{i % 5}">{_mark(MARKS[i % len(MARKS)], 7, 7)}</g></svg>{escape(name)}</li>'
-                   for i, name in enumerate(series))
-    return (f'<figure class="fs-plot"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}: {len(points)} points">'
+    keys = "".join(f'<li><svg width="14" height="14" aria-hidden="true"><g class="fs-series fs-s{slot(name)}">{_mark(MARKS[slot(name)], 7, 7)}</g></svg>{escape(name)}</li>'
+                   for name in known)
+    return (f'<figure class="fs-plot"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}: {len(points)} points; the table below has their values">'
             f'{"".join(parts)}</svg><ul>{keys}</ul></figure>')
 
 
 def curve(points: list[tuple[float, float]], title: str) -> str:
-    """One quantity over training steps."""
-    if len(points) < 2:
-        return f'<figure class="fs-plot fs-curve"><figcaption>{escape(title)}</figcaption><div class="fs-blank"></div></figure>'
-    width, height, pad = 300, 90, 6
+    """One quantity over training steps: a line that ends in a dot; the first measurement is the dot alone."""
+    if not points:
+        return f'<figure class="fs-plot fs-curve"><figcaption>{escape(title)} <b>&ndash;</b></figcaption><div class="fs-blank"></div></figure>'
+    width, height, pad = 300, 90, 8
     xs, ys = [p[0] for p in points], [p[1] for p in points]
-    at = lambda v, a, b, n: pad + (v - a) / ((b - a) or 1) * (n - 2 * pad)
-    line = " ".join(f"{at(a, min(xs), max(xs), width):.1f},{height - at(b, min(ys), max(ys), height):.1f}" for a, b in points)
+    at = lambda v, a, b, n: pad + ((v - a) / (b - a) if b > a else 0.5) * (n - 2 * pad)
+    spots = [(at(a, min(xs), max(xs), width), height - at(b, min(ys), max(ys), height)) for a, b in points]
+    line = f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in spots)}"/>' if len(spots) > 1 else ""
+    said = f"from {ys[0]:.4g} to {ys[-1]:.4g}" if line else f"{ys[0]:.4g} at step {xs[0]:g}, the first value"
     return (f'<figure class="fs-plot fs-curve"><figcaption>{escape(title)} <b>{ys[-1]:.4g}</b></figcaption><svg viewBox="0 0 {width} {height}" role="img" '
-            f'aria-label="{escape(title)}, from {ys[0]:.4g} to {ys[-1]:.4g}"><g class="fs-series fs-s0"><polyline points="{line}"/></g></svg></figure>')
+            f'aria-label="{escape(title)}, {said}"><g class="fs-series fs-s0">{line}<circle cx="{spots[-1][0]:.1f}" cy="{spots[-1][1]:.1f}" r="3.5"/></g></svg></figure>')

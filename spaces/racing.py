@@ -26,6 +26,7 @@ from zoo import losses, metrics, rollout
 from zoo.errors import UserError
 from zoo.grid import to_uint8
 from zoo.hub.export import read_record
+from zoo.hub.space import raceable
 
 TEACHER_STEPS = 25            # what students are measured against during training
 LADDER = (1, 2, 4, 8)
@@ -34,8 +35,8 @@ MAX_SEED = 2**31 - 1
 MAX_PROMPT = 300
 PREVIEWS = 12                 # pictures on the teacher's way
 DEVICE = "cuda" if torch.cuda.is_available() or ZERO_GPU else "cpu"
+KEPT_ON = "cpu" if ZERO_GPU else DEVICE      # on ZeroGPU this process has no GPU, the leased one has
 NO_RACE = ("video", "text", "toy", "toy-text", "toy-video", "custom")      # families that race not; video has a tab of its own
-HUB_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")      # students of others whose teachers start from the same noise
 PHOTOS = ("a red fox in the snow", "a lighthouse in a storm", "a bowl of ramen, close-up", "an astronaut in a meadow")
 EMOJI = ("noto hospital", "fluent red heart", "twemoji megaphone", "fluent tokyo tower", "noto pizza", "twemoji rocket")
 
@@ -92,9 +93,8 @@ def _from_row(row) -> Racer | None:
     folder = packaged if packaged.is_dir() else Path(row.source)
     if folder.is_dir():
         made = _from_folder(folder, row.teacher)
-        return made and replace(made, name=row.name, license=row.license)
-    far = row.source.count("/") == 1 and row.status == "verified" and row.pipeline in HUB_PIPELINES and not row.pickle
-    if not far or not (DEVICE == "cuda" or os.environ.get("FEWSTEP_SPACE_HUB") == "1"):
+        return made and replace(made, name=row.name, license=row.license, load=row.name)
+    if not raceable(row) or not (DEVICE == "cuda" or os.environ.get("FEWSTEP_SPACE_HUB") == "1"):
         return None
     return Racer(row.name, row.method, row.teacher, row.source, tuple(sorted(row.steps)), row.license, "sd", (), PHOTOS, row.name)
 
@@ -260,7 +260,7 @@ class Garage:
     def student(self, who: Racer):
         """Its pipeline, as zoo.load opens it."""
         def load():
-            pipe = zoo.load(who.load, device=DEVICE, dtype=torch.float32)      # half precision would draw other noise than the teacher
+            pipe = zoo.load(who.load, device=KEPT_ON, dtype=torch.float32)      # half precision would draw other noise than the teacher
             pipe.set_progress_bar_config(disable=True)
             return pipe, [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
         return self.get(("student", who.source), load)
@@ -270,12 +270,17 @@ class Garage:
         from zoo import backbones
 
         def load():
-            model = backbones.load(name).to(DEVICE)
+            model = backbones.load(name).to(KEPT_ON)
             return model, [m for m in model.pipe.components.values() if isinstance(m, torch.nn.Module)]
         return self.get(("teacher", name), load)
 
 
 garage = Garage(_limit())
+
+
+def placed(model):
+    """`model` where it is to draw. On ZeroGPU, inside a lease, it goes from the CPU to the GPU."""
+    return model if KEPT_ON == DEVICE else model.to(DEVICE)
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
@@ -333,7 +338,7 @@ def pil(images: torch.Tensor) -> list:
 
 def draw(who: Racer, what: str, seeds: list[int], steps: int) -> Drawn:
     """The student's pictures, one a seed, by its pipeline's plain call."""
-    pipe = garage.student(who)
+    pipe = placed(garage.student(who))
     n = len(seeds)
     call = {"prompt": [what] * n} if who.takes_prompt else {"batch_size": n} | ({"class_labels": [who.classes.index(what)] * n} if who.classes else {})
     generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -361,7 +366,7 @@ def conditions(model, what: str, n: int) -> tuple[dict, dict]:
 def teach(name: str, what: str, seeds: list[int], steps: int = TEACHER_STEPS, guided: bool = True, previews: int = PREVIEWS) -> Iterator[Drawn]:
     """The teacher on the students' noise, step after step; `images` are its estimates of the clean pictures, renewed `previews`
     times on the way. The clock runs for the prompt, the steps and the last decoding, not for the pictures on the way."""
-    model = garage.teacher(name)
+    model = placed(garage.teacher(name))
     n, net, process = len(seeds), model.teacher, model.process
     drawn = Drawn(name, "teacher", steps)
     noise = torch.stack([torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(s))[0] for s in seeds]).to(DEVICE)
@@ -408,6 +413,11 @@ def absent_teacher(who: Racer) -> str:
     return ""
 
 
+def lease(seconds: int):
+    """Seconds of GPU for a call whose first argument is the order: students of others are a thousand times larger, and are moved first."""
+    return lambda o, *_: seconds if o.student.local else 4 * seconds
+
+
 # ------------------------------------------------------------------------------------------------------- races
 @dataclass
 class Race:
@@ -448,7 +458,7 @@ def race(o: Order) -> Iterator[Race]:
         yield Race(o, list(lanes))
 
 
-@gpu(15)
+@gpu(lease(15))
 def _run(o: Order, with_teacher: bool) -> Iterator[tuple[int, Drawn]]:
     yield 0, draw(o.student, o.subject, [o.seed], o.steps)
     if o.rival:
@@ -501,7 +511,7 @@ def strip(o: Order) -> Iterator[Strip]:
         yield Strip(o, list(rows), dict(measured))
 
 
-@gpu(30)
+@gpu(lease(30))
 def _run_strip(o: Order) -> Iterator[tuple[int, Drawn]]:
     yield 0, draw(o.student, o.subject, seeds_of(o), o.steps)
     for drawn in teach(o.student.teacher, o.subject, seeds_of(o), previews=6):
@@ -538,7 +548,7 @@ def ladder(o: Order) -> Iterator[Ladder]:
         yield Ladder(o, dict(rungs), reference)
 
 
-@gpu(20)
+@gpu(lease(20))
 def _run_ladder(o: Order) -> Iterator[tuple[int, Drawn]]:
     for k in LADDER:
         if k in o.student.steps:
@@ -563,7 +573,7 @@ def film(who: Racer, prompt: str, seed: int, frames: int) -> Iterator[list]:
 @gpu(60)
 def _run_film(who: Racer, prompt: str, seed: int, frames: int) -> Iterator[list]:
     made = 0
-    for chunk in garage.student(who).stream(prompt, generator=torch.Generator().manual_seed(seed)):
+    for chunk in placed(garage.student(who)).stream(prompt, generator=torch.Generator().manual_seed(seed)):
         pictures = pil(chunk[0] * 2 - 1)[: frames - made]
         made += len(pictures)
         yield pictures

@@ -101,7 +101,7 @@ def panel() -> Wish:
             steps = gr.Radio([], label="Steps (the counts it was trained for)", scale=3, min_width=200, elem_id="fs-steps")
     wish = Wish(box, student, rival, prompt, klass, seed, dice, steps, chips)
     dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {racing.MAX_SEED})", **HIDDEN)
-    student.input(lambda name: fill(racing.racer(name)), student, wish.outputs, queue=False, show_progress="hidden", **HIDDEN)
+    student.input(switch, wish.inputs, wish.outputs, queue=False, show_progress="hidden", **HIDDEN)
     if first is None:
         box.visible = False
     return wish
@@ -126,6 +126,18 @@ def fill(who: Racer, subject: str | None = None, seed: int = EXAMPLE_SEED, steps
             gr.update(value=seed), gr.update(choices=[(str(k), k) for k in who.steps], value=steps if steps in who.steps else best_steps(who)), *chips]
 
 
+def switch(student, rival, prompt, klass, seed, steps) -> list:
+    """Updates of the panel for another student: what suits it stays. The event also comes when the keyboard merely passes the list, and
+    an update of the list itself would then open it again."""
+    who = racing.racer(student)
+    foreign = {e for r in racing.racers().values() if r.teacher != who.teacher for e in r.examples}
+    if who.takes_prompt:
+        subject = prompt if prompt and prompt not in foreign else None
+    else:
+        subject = klass if klass in who.classes else None
+    return [gr.skip(), *fill(who, subject, seed, steps, rival or "")[1:]]
+
+
 def order_of(student, rival, prompt, klass, seed, steps) -> Order:
     """The order of the panel's values. Raises UserError."""
     who = racing.racer(student)
@@ -136,6 +148,8 @@ def told(error: Exception) -> str:
     """What to show for an error; a bug goes to the log."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, gr.Error):          # of ZeroGPU: no quota, no machine
+        return str(error.message)
     traceback.print_exception(error)
     return BROKEN
 
@@ -157,11 +171,15 @@ def _is_example(o: Order) -> bool:
 def cache_examples():
     """Draw examples before the first visitor, for at most about FEWSTEP_SPACE_EXAMPLE_SECONDS (20); the others are kept when first asked for."""
     began, budget = time.perf_counter(), float(os.environ.get("FEWSTEP_SPACE_EXAMPLE_SECONDS", 20))
-    if ZERO_GPU:
+    here = [who for who in racing.racers().values() if who.local]
+    if ZERO_GPU:                             # no GPU before a visitor comes; every lease then finds these models loaded
+        for who in here:
+            racing.garage.student(who)
+            racing.absent_teacher(who)
         return
     for i in range(EXAMPLES):
-        for who in racing.racers().values():
-            if who.local and i < len(who.examples) and time.perf_counter() - began < budget:
+        for who in here:
+            if i < len(who.examples) and time.perf_counter() - began < budget:
                 for _ in _race(racing.order(who.name, who.examples[i], EXAMPLE_SEED, best_steps(who))):
                     pass
 
@@ -319,22 +337,25 @@ def show_board(name: str | None, quality: str, cost: str) -> tuple[str, Any, str
         return f'<p class="fs-headline"><b>The leaderboard is empty.</b></p><p class="fs-note">{looks.escape(path.parent.name)} has no measured row yet.</p>', nothing, ""
     headers, cells = board.table(rows)
     log = quality == "kid_efflite0"
-    plots = looks.scatter(board.against_calls(rows, quality), "network calls per picture", quality, "Quality against network calls", log_y=log, joined=True)
-    plots += looks.scatter(board.against_cost(rows, quality, cost), board.COST[cost], quality, "Best at no more than 4 calls, against the cost of training", log_y=log)
+    style = dict(log_y=log, lower=log, order=board.FAMILIES)
+    plots = looks.scatter(board.against_calls(rows, quality), "network calls per picture", quality, "Quality against network calls", joined=True, named=6, **style)
+    plots += looks.scatter(board.against_cost(rows, quality, cost), board.COST[cost], quality, "Best at no more than 4 calls, against the cost of training", named=40, **style)
     best = next((r for r in rows if r["kind"] == "method"), rows[0])
-    head = (f'<p class="fs-headline"><b>{len({r["who"] for r in rows})} models.</b> <span>Best student: {looks.escape(best["who"])}, kid_efflite0 {best["kid_efflite0"]:.0f} '
+    spread = best.get("kid_efflite0" + board.SPREAD)
+    score = f'{best["kid_efflite0"]:.0f}' + (f" &plusmn; {spread:.0f}" if spread else "")
+    head = (f'<p class="fs-headline"><b>{len({r["who"] for r in rows})} models.</b> <span>Best student: {looks.escape(best["who"])}, kid_efflite0 {score} '
             f'at {looks.plural(best["calls"], "call")}. Click a column to sort.</span></p><p class="fs-note">{looks.escape(board.facts(path))}</p>')
     return head, gr.update(value={"headers": headers, "data": cells}, visible=True), f'<div class="fs-plots">{plots}</div>'
 
 
 @tab("leaderboard", "Leaderboard", draws=False)
 def leaderboard_tab(wish: Wish):
-    found = list(board.boards())
+    found = [(board.label(path), name) for name, path in board.boards().items()]
     head = gr.HTML(elem_id="fs-leaderboard-head")
     with gr.Row(visible=bool(found), elem_classes="fs-row"):
-        name = gr.Dropdown(found, value=found[0] if found else None, label="Board", min_width=150)
+        name = gr.Dropdown(found, value=found[0][1] if found else None, label="Board", min_width=150)
         quality = gr.Dropdown([(v, k) for k, v in board.QUALITY.items()], value="kid_efflite0", label="Quality", min_width=150)
-        cost = gr.Dropdown([(v, k) for k, v in board.COST.items()], value="training_calls", label="Cost", min_width=150)
+        cost = gr.Dropdown([(v, k) for k, v in board.COST.items()], value=board.telling_cost(next(iter(board.boards().values()))) if found else "training_calls", label="Cost", min_width=150)
     plots = gr.HTML(elem_id="fs-plots")
     rows = gr.Dataframe(interactive=False, visible=False, elem_id="fs-leaderboard", max_height=560, label="Leaderboard", show_label=False, buttons=["copy"])
     for choice in (name, quality, cost):
@@ -374,8 +395,10 @@ CURVES = {"measure/score": "distance to the teacher (measured)", "student/loss":
 
 
 def training_board(v: distil.View, message: str = "") -> str:
+    stage = ("Starting takes a while: the teacher draws what the student is measured against." if not v.step else
+             "Now it is measured and exported." if v.budget and v.seconds >= v.budget else "")
     said = {"idle": "<b>Nothing is running.</b> <span>Start the quick start: a student of 1, 2 and 4 steps in minutes.</span>",
-            "running": f"<b>{looks.seconds(v.seconds)}</b> <span>of {looks.seconds(v.budget)} of training on {looks.escape(v.teacher)}, student step {v.step}. Starting takes a while: the teacher draws what the student is measured against.</span>",
+            "running": f"<b>{looks.seconds(v.seconds)}</b> <span>of {looks.seconds(v.budget)} of training on {looks.escape(v.teacher)}, student step {v.step}. {stage}</span>",
             "stopped": "<b>Stopped.</b> <span>A stopped run leaves no student.</span>", "failed": "<b>The run failed.</b>",
             "done": f"<b>Done.</b> <span>{looks.escape(v.student)} is ready to race.</span>"}[v.state]
     share = min(100.0, 100 * v.seconds / v.budget) if v.budget else 0

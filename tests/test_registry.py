@@ -274,3 +274,14 @@ def test_shipped_rows_quote_the_committed_logs():
                 assert abs(logged - metric.value) < 0.5, (row.name, metric)
             else:
                 assert f"| student | {metric.steps} | {metric.steps} | {metric.value:.4g} |" in text, (row.name, metric)
+
+
+def test_rebuilt_rows_quote_the_committed_logs():
+    """The flags of the row are those of the run that was measured, and its numbers are that run's."""
+    rows = registry.students(kind="rebuilt")
+    assert rows
+    for row in rows:
+        for metric in row.metrics:
+            log = json.loads((ROOT / metric.source).read_text(encoding="utf-8"))
+            [logged] = [r[metric.name] for r in log["rows"] if (r["who"], r["steps"]) == ("student", metric.steps)]
+            assert abs(logged - metric.value) < 0.5 and f"{row.command} --seed {row.seed}" in log["command"], (row.name, metric)

@@ -210,6 +210,17 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert "not a run of ours" in refused("--teacher", "toy", out=tmp_path / "foreign")
 
 
+def test_a_tracker_that_is_missing_is_said_so(tmp_path, monkeypatch):
+    import importlib.util
+
+    import train_dmd
+    from zoo import backbones
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else real(name, *a))
+    with pytest.raises(UserError, match="pip install wandb"):
+        Run(train_dmd.Config(teacher="toy", output_dir=str(tmp_path), report_to="wandb"), backbones.load("toy"))
+
+
 def test_resuming_with_another_configuration_shows_the_difference(tmp_path):
     import train_dmd
     from zoo import backbones

@@ -47,6 +47,7 @@ class Config(RunConfig):
     critic_lr: float = 4e-4
     pairs: int = 512                       # stored teacher pairs
     pair_steps: int = 12                   # sampling steps of the teacher for a pair
+    pairs_dir: str = ""                    # a store of make_pairs.py to read instead
     regression: float = 0.25               # lambda, weight of the regression on the pairs
     metric: Literal["mse", "perceptual"] = "mse"    # its distance d
     t_min: float = 0.02                    # range of the student's renoising times
@@ -68,8 +69,9 @@ def main(cfg: Config) -> Run:
     fake = run.train("critic", model.make("critic", lora=cfg.lora, gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
     run.watch(G, [process.t_max])
     distance = pairs.distance(model, cfg.metric)
-    prompts, stored = model.batches(), pairs.stored(run, real, cfg.pairs, cfg.pair_steps, model.guidance)
-    data = backbones.Source(max(len(prompts), len(stored)), lambda index: prompts.get(index % len(prompts)) | {"pair": stored.get(index % len(stored))})
+    prompts, stored = model.batches(), pairs.stored(run, real, cfg.pairs, cfg.pair_steps, model.guidance, cfg.pairs_dir)
+    data = backbones.Source(max(len(prompts), len(stored)), lambda index: prompts.get(index % len(prompts)) | {"pair": stored.get(index % len(stored))},
+                            prompts.order)
 
     def generate(z, cond):
         t = rollout.expand(process.t_max, z)

@@ -49,6 +49,7 @@ class Config(RunConfig):
     stage: Literal["reflow", "distill"] = "reflow"
     pairs: int = 1024                      # stored pairs
     pair_steps: int = 12                   # sampling steps of the ODE for a pair
+    pairs_dir: str = ""                    # a store of the teacher's pairs (make_pairs.py) to read instead
     pairs_from: Literal["start", "teacher"] = "start"    # whose ODE: the network the student starts as, or the guided teacher
     u_shape: float = 4.0                   # a of the density exp(a t) + exp(-a t) about 1/2; 0: uniform
     metric: Literal["huber", "mse"] = "huber"            # of velocities, and of samples in --stage distill
@@ -73,8 +74,8 @@ def main(cfg: Config) -> Run:
     top = float(flow.time(base.angle(torch.tensor(base.t_max, dtype=torch.float64))))       # 1, or where the teacher's schedule stops
     distance = pairs.distance(model, cfg.metric)
     perceptual = pairs.distance(model, "perceptual") if cfg.perceptual else None
-    own = cfg.init_student and cfg.pairs_from == "start"
-    data = pairs.stored(run, net if own else model.teacher, cfg.pairs, cfg.pair_steps, 1.0 if own else model.guidance)
+    own = cfg.init_student and cfg.pairs_from == "start" and not cfg.pairs_dir
+    data = pairs.stored(run, net if own else model.teacher, cfg.pairs, cfg.pair_steps, 1.0 if own else model.guidance, cfg.pairs_dir)
 
     def reflow_loss(batch):
         u = batch.rand()

@@ -29,7 +29,7 @@ from typing import ClassVar
 
 import torch
 
-from zoo import backbones, critics, losses, rollout, times
+from zoo import backbones, critics, losses, rollout, sharding, times
 from zoo.health import critic_fit
 from zoo.process import per_sample
 from zoo.run import Run, RunConfig, cli
@@ -62,8 +62,9 @@ def trajectory(G, noise, cond, knots, depth):
     x = rollout.start(G.process, noise, t)
     for i, knot in enumerate(knots[1:]):
         going = depth > i
-        if going.any():
-            x0, eps = predict(G, x[going], t[going], {k: c[going] for k, c in cond.items()})
+        called = sharding.called(G, going)
+        if called is not None:
+            x0, eps = predict(G, x[called], t[called], {k: c[called] for k, c in cond.items()})
             t[going] = knot.to(t)
             x[going] = G.process.step(x0, eps, t[going]).to(x)
     return x, t

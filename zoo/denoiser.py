@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.checkpoint import checkpoint
 
+from . import sharding
 from .critics import GanHead, Heads
 from .process import Pred, Process
 
@@ -202,7 +203,7 @@ class Denoiser:
     def judge(self, x: Tensor, t: Tensor, cond: dict, at: Tensor | None = None) -> list[Tensor]:
         """Logits [B, positions] of a head of several depths, one tensor per tap; at [B]: a number the head is told, where it listens to
         one. The network is left after the last tap."""
-        self._tapped, self._enough = [], len(self.taps)
+        self._tapped, self._enough = [], math.inf if sharding.together(self) else len(self.taps)      # a cut network is not left half-way
         try:
             with role_active(self.module, self.role):
                 self._raw(x, self.process.timestep(t), cond)
@@ -215,7 +216,11 @@ class Denoiser:
     def _raw(self, *args):
         if self.weights is None:
             return self.forward(self.module, *args)
-        return torch.func.functional_call(_Bound(self.module, self.forward), {f"module.{k}": v for k, v in self.weights.items()}, args)
+        if self.role is None and sharding.is_cut(self.module):
+            with sharding.holding(self.module, self.weights):
+                return self.forward(self.module, *args)
+        weights = {f"module.{k}": v.to(args[0].device) for k, v in self.weights.items()}      # averages may live on the CPU
+        return torch.func.functional_call(_Bound(self.module, self.forward), weights, args)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters this role trains: its own adapter (LoRA) or the whole module, without the frozen ones, and its GAN head."""

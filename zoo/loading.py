@@ -139,6 +139,8 @@ def _hub(fetch, name: str):
     try:
         return fetch()
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("Invalid filename"):        # the client's word for it
+            raise UserError(f"{name} holds a path that leaves its folder, and is not opened ({error})") from error
         # The Hub's refusals and the network's failures; anything else is a bug, or a file that does not fit, and keeps its own words.
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests"):
             raise

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from . import optimizers, sharding
 from .errors import UserError
 from .tokens import Masked
 
@@ -14,12 +15,14 @@ GB = 1024**3
 
 @dataclass
 class Estimate:
-    """Bytes. `held` is allocated already (weights, averages); `needed` comes on top during training."""
+    """Bytes on one device. `held` is allocated already (weights, averages); `needed` comes on top during training. `roles`: per trainee its
+    weights, gradient, optimizer, averages (`host_averages` where they are kept on the CPU) and activations."""
     held: int
     needed: int
     free: int
     micro_batch: int
     lines: list[str] = field(default_factory=list)
+    roles: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def refuse_if_too_large(self):
         if self.needed > self.free:
@@ -30,13 +33,17 @@ class Estimate:
 def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
     """Bytes autograd keeps for one sample through `net`, counted at one real forward pass (parameters excluded)."""
     seen: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in net.trainable().values()} | {p.untyped_storage().data_ptr() for p in net.module.parameters()}
+    place = lambda tensor: tensor.untyped_storage()._cdata
+    own = {place(sharding.own(p)) for p in (*net.trainable().values(), *net.module.parameters())}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
         return tensor
+
+    def gathered(module, _inputs):            # parameters of a cut network change while it runs
+        own.update(place(sharding.own(p)) for p in module.parameters(recurse=False))
 
     device = next(iter(net.trainable().values())).device
     tokens = isinstance(net.process, Masked)
@@ -45,8 +52,11 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
     cond = {k: v[:1].to(device) for k, v in cond.items()}
     if net.slot == "guidance":
         cond["guidance"] = torch.ones(1, device=device)
+    hooks = [m.register_forward_pre_hook(gathered) for m in net.module.modules()] if sharding.is_cut(net.module) else []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         net(x, t, cond, to="x0" if tokens else "v")
+    for hook in hooks:
+        hook.remove()
     return sum(seen.values())
 
 
@@ -54,20 +64,22 @@ def plan(run) -> Estimate:
     """Measure, and print under --dry_run: the resolved configuration, and per role its trainable parameters and memory."""
     cfg, model = run.cfg, run.model
     micro = cfg.batch // (run.world * cfg.accumulate)
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in map(sharding.own, tensors))
     base = size(model.module.parameters())
     lines = [f"{k} = {v}" for k, v in run.describe().items()]
     lines += [f"devices: {run.world} x {run.device.type}, micro-batch {micro}, global batch {cfg.batch}", f"teacher: {base / GB:.3f} GB of weights"]
-    held, needed, activations = base, 0, 0
+    held, needed, activations, roles = base, 0, 0, {}
     cond = model.examples(1).cond
     for t in run.trainees.values():
-        own = size(t.params.values())
-        averages = len(t.averages) * own
-        per_sample = activation_bytes(t.net, model.shape, cond)
-        copies = 0 if t.net.role else size(t.net.module.parameters())
-        held, needed, activations = held + copies + averages, needed + 3 * own, max(activations, per_sample * micro)
-        lines.append(f"{t.name}: {sum(p.numel() for p in t.params.values()):,} trainable parameters; weights {copies / GB:.3f} GB, gradient and "
-                     f"Adam {3 * own / GB:.3f} GB, averages {averages / GB:.3f} GB, activations {per_sample * micro / GB:.3f} GB")
+        averages = sum(size(values.values()) for _, values in t.averages)
+        r = roles[t.name] = {"weights": 0 if t.net.role else size(t.net.module.parameters()), "gradient": size(t.own.values()),
+                             "optimizer": sum(optimizers.state_bytes(cfg.optimizer, tuple(p.shape), p.element_size()) for p in t.own.values()),
+                             "averages": 0 if cfg.offload_averages else averages, "host_averages": averages if cfg.offload_averages else 0,
+                             "activations": activation_bytes(t.net, model.shape, cond) * micro}
+        held, needed, activations = held + r["weights"] + r["averages"], needed + r["gradient"] + r["optimizer"], max(activations, r["activations"])
+        lines.append(f"{t.name}: {sum(p.numel() for p in t.params.values()):,} trainable parameters; weights {r['weights'] / GB:.3f} GB, gradient "
+                     f"{r['gradient'] / GB:.3f} GB, {cfg.optimizer} {r['optimizer'] / GB:.3f} GB, averages {averages / GB:.3f} GB"
+                     f"{' on the CPU' * cfg.offload_averages}, activations {r['activations'] / GB:.3f} GB")
     needed += activations
     if run.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.device)[0]
@@ -80,4 +92,21 @@ def plan(run) -> Estimate:
         lines.append(f"global batch {cfg.batch}, the recipe's is {batch}")
     if cfg.dry_run and run.rank == 0:
         print("\n".join(lines), file=sys.stdout, flush=True)
-    return Estimate(held, needed, free, micro, lines)
+    plan.latest = Estimate(held, needed, free, micro, lines, roles)
+    return plan.latest
+
+
+plan.latest = None         # of this process: what an out-of-memory error is told beside
+
+
+def out_of_memory(error: BaseException) -> str:
+    """One line for an allocation that failed, with the estimate it contradicts and three ways out; "" for any other error."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    cuda = isinstance(error, torch.cuda.OutOfMemoryError)
+    if not (cuda or isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text):
+        return ""
+    e = plan.latest
+    said = (f"the estimate before step 1 was {e.held / GB:.2f} GB held and {e.needed / GB:.2f} GB more at the peak, with {e.free / GB:.2f} GB free" if e
+            else "it did not get as far as the estimate before step 1")
+    return (f"out of {'GPU ' * cuda}memory ({text[:160]}); {said}. Three ways out: (1) a smaller --batch or a larger --accumulate"
+            f"{f' (micro-batch is {e.micro_batch})' * bool(e)}; (2) --gradient_checkpointing; (3) --lora 64, one base instead of copies")

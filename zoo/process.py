@@ -1,7 +1,7 @@
 """Gaussian processes x_t = alpha(t) x0 + sigma(t) eps, and the one conversion between every reading of a network.
 
 A reading is `a x0 + b eps`; with x_t = alpha x0 + sigma eps this is a 2x2 system, solved once in `Process.convert`:
-    x0: (1, 0)   eps: (0, 1)   v: (-sigma, alpha)   velocity dx/dt: (alpha', sigma')   score: (0, -1/sigma)
+    x0: (1, 0)   eps: (0, 1)   v: (-sigma, alpha)   velocity dx/dt: (alpha', sigma')   score: (0, -1/sigma)   flow: (-1, 1)
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Pred = Literal["x0", "eps", "v", "velocity", "score"]
+Pred = Literal["x0", "eps", "v", "velocity", "score", "flow"]
 
 
 def per_sample(t: Tensor, x: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ class Process:
             case "v": a, b = -sigma, alpha
             case "velocity": a, b = dalpha, dsigma
             case "score": a, b = zero, -1 / sigma
-            case _: raise ValueError(f"unknown prediction {pred!r}: use x0, eps, v, velocity or score")
+            case "flow": a, b = -one, one             # what a flow network returns, however its times are counted
+            case _: raise ValueError(f"unknown prediction {pred!r}: use x0, eps, v, velocity, score or flow")
         return alpha, sigma, a, b
 
     def pair(self, out: Tensor, x: Tensor, t: Tensor, src: Pred) -> tuple[Tensor, Tensor]:
@@ -91,15 +92,34 @@ class Process:
 
 
 class RectifiedFlow(Process):
-    """alpha = 1 - t, sigma = t; velocity = eps - x0 (Liu et al. 2022, Lipman et al. 2022)."""
+    """alpha = 1 - t, sigma = t; velocity = eps - x0 (Liu et al. 2022, Lipman et al. 2022).
+
+    shift k: the same path with its times counted so that sigma = k t / (1 + (k - 1) t) (times.shifted): uniform draws and evenly spaced
+    times of any method then lie where the stock schedulers' shift puts them."""
+
+    def __init__(self, shift: float = 1.0):
+        self.shift = shift
 
     def coeffs(self, t):
         one = torch.ones_like(t)
-        return 1 - t, t, -one, one
+        if self.shift == 1:
+            return 1 - t, t, -one, one
+        d = 1 + (self.shift - 1) * t
+        sigma, rate = self.shift * t / d, self.shift / d**2
+        return 1 - sigma, sigma, -rate, rate
 
     def time(self, angle):
         s, c = angle.sin(), angle.cos()
-        return s / (s + c)
+        return self._unshifted(s / (s + c))
+
+    def _unshifted(self, sigma):
+        return sigma if self.shift == 1 else sigma / (self.shift - (self.shift - 1) * sigma)
+
+    def timestep(self, t):
+        return 1000 * self.coeffs(t)[1]
+
+    def from_timestep(self, timestep):
+        return self._unshifted(timestep / 1000)
 
 
 class TrigFlow(Process):

@@ -154,6 +154,10 @@ OURS: tuple[Student, ...] = (
     shipped("reflow.fashion-4step", "reflow", "fashion", (4, 2, 1), "mit", base_license="mit", pipeline="ConsistencyModelPipeline",
             metrics=tuple(Metric("kid_efflite0", value, steps, _FASHION, "benchmarks/quickstart/results-fashion.json")
                           for steps, value in ((4, 310.1), (2, 289.3), (1, 432.7)))),
+    rebuilt("lcm.emoji-4step", "lcm", "emoji", (4, 2, 1), "apache-2.0", "--teacher emoji --max_calls 60000 --time_budget 0 --export last", 0,
+            {"torch": "2.13.0", "diffusers": "0.42.1"}, base_license="apache-2.0", pipeline="StableDiffusionPipeline",
+            metrics=tuple(Metric("conditional_kid_efflite0", value, steps, _EMOJI, "benchmarks/students/lcm.emoji-4step.json", tolerance=400.0)
+                          for steps, value in ((4, 1303.8), (2, 1402.9), (1, 2248.7)))),
 )
 STUDENTS: tuple[Student, ...] = OURS + community.ROWS
 PAPERS: tuple[Paper, ...] = community.PAPERS

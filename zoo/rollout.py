@@ -6,7 +6,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from . import losses
+from . import losses, sharding
 from .process import per_sample
 
 
@@ -33,8 +33,9 @@ def backward_simulation(net, noise: Tensor, cond: dict, knots: Tensor, depth: in
     x = start(net.process, noise, t)
     for i in range(len(knots) - 1):
         eps, going = fresh(), depth > i       # the draws do not depend on the depths, which differ between ranks
-        if going.any():
-            x0 = net(x[going], t[going], {k: v[going] for k, v in cond.items()})
+        called = sharding.called(net, going)
+        if called is not None:
+            x0 = net(x[called], t[called], {k: v[called] for k, v in cond.items()})
             t[going] = expand(knots[i + 1], noise)[going]
             x[going] = net.process.noise(x0, eps[going], t[going]).to(x)
     return x, t
@@ -42,12 +43,14 @@ def backward_simulation(net, noise: Tensor, cond: dict, knots: Tensor, depth: in
 
 @torch.no_grad()
 def sample(net, noise: Tensor, cond: dict, knots: Tensor, rule: str = "renoise", fresh: Callable[[], Tensor] | None = None,
-           uncond: dict | None = None, guidance: float = 1.0) -> Tensor:
+           uncond: dict | None = None, guidance: float = 1.0, visit: Callable[[Tensor], None] | None = None) -> Tensor:
     """Samples x0 from `noise` [B, ...] by one of three rules between consecutive knots (the last goes to t = 0):
 
     renoise: x0 = net(x, t); x = alpha x0 + sigma fresh()      consistency and distribution-matching students (LCMScheduler)
     ode:     (x0, eps) = net(x, t); x = alpha x0 + sigma eps   teachers and trajectory students (DDIM, Euler)
     jump:    x = x - (t - r) u(x, t, r)                        two-time students (average velocity)
+
+    visit: called with x before every step.
     """
     process = net.process
     x = start(process, noise, expand(knots[0], noise))
@@ -55,6 +58,8 @@ def sample(net, noise: Tensor, cond: dict, knots: Tensor, rule: str = "renoise",
         t = expand(knot, noise)
         r = expand(knots[i + 1] if i + 1 < len(knots) else 0.0, noise)
         last = i + 1 == len(knots)
+        if visit is not None:
+            visit(x)
         if rule == "renoise":
             x0 = net(x, t, cond)
             x = x0 if last else process.noise(x0, fresh(), r)

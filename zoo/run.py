@@ -10,6 +10,7 @@ sliced by rank and micro-batch. One rank, two ranks and accumulation therefore s
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -25,12 +26,14 @@ from typing import Callable, ClassVar, Iterator, Literal
 import torch
 from torch import Tensor
 
+from . import optimizers, sharding
+from .data.cache import Storage
 from .denoiser import CALLS
 from .errors import UserError
 
 # What may differ between a run and its resumption; everything else is part of what the run *is*.
 FREE_TO_CHANGE = {"steps", "time_budget", "output_dir", "checkpoint_every", "keep_checkpoints", "sample_every", "measure_every",
-                  "report_to", "export", "push_to_hub", "dry_run", "recipe", "log_every", "max_calls"}
+                  "report_to", "export", "push_to_hub", "dry_run", "recipe", "log_every", "max_calls", "cache", "cache_gb", "offload_averages"}
 
 
 @dataclass
@@ -38,7 +41,9 @@ class RunConfig:
     """Flags every script has."""
     teacher: str = "emoji"          # emoji, fashion, avatars, toy, a diffusers folder or a Hub id
     output_dir: str = ""            # default: outputs/<method>-<teacher>
-    data: str = ""                  # prompts (txt, csv, jsonl, parquet) or images (folder, parquet, Hub set); default: the teacher's own
+    data: str = ""                  # prompts (txt, csv, jsonl, parquet) or images (folder, parquet, tar shards, Hub set); default: the teacher's own
+    cache: str = ""                 # folder where encoded prompts and pictures are kept (docs/data.md); none: in memory, up to 4 GB of each
+    cache_gb: float = 100.0         # its limit
     steps: int = 1000               # student optimiser steps
     time_budget: float = 0.0        # stop after this many seconds of training (0: no limit)
     max_calls: int = 0              # stop after this many network calls: samples x (forward 1, forward and backward 3, forward-mode derivative 2)
@@ -51,10 +56,16 @@ class RunConfig:
     max_grad_norm: float = 10.0
     ema: float = 0.98               # decay of the averaged student that is sampled, measured and exported (0: none)
     lora: int = 0                   # LoRA rank; 0 trains full weights
+    teacher_lora: str = ""          # a style LoRA that makes the teacher: file, folder, Hub id, or user/name/file.safetensors
+    teacher_lora_scale: float = 1.0
+    flow_shift: float = 0.0         # move the times of a flow teacher towards noise by times.shifted (0: as they are; --recipe auto: the published one)
+    distilled_teacher: bool = False # train on a teacher that looks like a few-step student already
     init_student: str = ""          # start from another run's exported student
     guidance: float = 0.0           # teacher guidance scale w in D_u + w (D_c - D_u); 0: the teacher's own default
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"    # auto: bf16 on a GPU, and on a CPU that has it where the family gains by it
     gradient_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"    # 8-bit states (bitsandbytes), or factored ones without momentum
+    offload_averages: bool = False  # keep averaged weights on the CPU: less GPU memory, slower steps
     seed: int = 0
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
@@ -64,7 +75,7 @@ class RunConfig:
     export: Literal["best", "last"] = "best"   # which student leaves: the best measured one or the last
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     push_to_hub: str = ""           # user/name
-    recipe: str = ""                # a published preset of this script; flags given beside it win
+    recipe: str = ""                # a published preset of this script, or auto: of the teacher's family; flags given beside it win
     dry_run: bool = False           # print the resolved plan and stop
 
     method: ClassVar[str] = ""
@@ -99,9 +110,11 @@ class Batch:
 class Trainee:
     """Parameters with an optimiser, behind a Net; call it as the Net."""
 
-    def __init__(self, name: str, net, lr: Callable[[int], float], optimizer):
-        self.name, self.net, self.lr, self.optimizer = name, net, lr, optimizer
+    def __init__(self, name: str, net, lr: Callable[[int], float]):
+        self.name, self.net, self.lr, self.optimizer = name, net, lr, None
         self.params: dict[str, torch.nn.Parameter] = net.trainable()
+        # What the optimiser steps: the parameters, or under FSDP this rank's rows of them.
+        self.own = {n: p if sharding.own(p) is p else torch.nn.Parameter(sharding.own(p)) for n, p in self.params.items()}
         self.averages: list[tuple[float, dict[str, Tensor]]] = []
         self.updates = 0
         self.process = net.process
@@ -109,15 +122,33 @@ class Trainee:
     def __call__(self, *args, **kwargs):
         return self.net(*args, **kwargs)
 
+    def take_gradients(self):
+        """Move what FSDP left on the cut parameters to this rank's rows."""
+        for n, p in self.params.items():
+            if self.own[n] is not p and p.grad is not None:
+                self.own[n].grad, p.grad = sharding.own(p.grad), None
+
+    def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors from this rank's part of each. Under FSDP all ranks call it."""
+        return {n: sharding.whole(v, self.params[n]) for n, v in values.items()}
+
+    def rows(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of whole tensors."""
+        return {n: sharding.rows(v, self.params[n]) for n, v in values.items()}
+
 
 class Run:
     """See the module. `cfg` a RunConfig, `model` a Backbone."""
 
     def __init__(self, cfg: RunConfig, model):
         from accelerate import Accelerator
-        from accelerate.utils import set_seed
+        from accelerate.utils import AutocastKwargs, set_seed
 
+        from .backbones.checks import refuse_distilled, refuse_precision
+        from .backbones.style import add_style
+        from .recipes import suggest
         self.cfg, self.model = cfg, model
+        self.fsdp = sharding.settings(cfg.method) if sharding.asked() else None
         on_cpu = not torch.cuda.is_available()
         if on_cpu and os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
             # `accelerate launch` exports OMP_NUM_THREADS=1 for a single CPU process, nearly halving its speed.
@@ -127,12 +158,27 @@ class Run:
         precision = cfg.mixed_precision
         if precision == "auto":
             precision = "bf16" if (model.bf16_on_cpu and _cpu_has_bf16() if on_cpu else torch.cuda.is_bf16_supported()) else "no"
+        refuse_precision(precision)
+        refuse_distilled(model, cfg.distilled_teacher)
+        if cfg.teacher_lora:                 # before any role is made and before anything is moved or cut
+            add_style(model, cfg.teacher_lora, cfg.teacher_lora_scale)
+        if cfg.flow_shift:
+            model.shift_times(cfg.flow_shift)
+        suggest(cfg, model)
         trackers = None if cfg.report_to == "none" else cfg.report_to
-        self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.out), cpu=on_cpu)
+        if trackers and not importlib.util.find_spec(trackers):        # accelerate would log nowhere, with a warning
+            raise UserError(f"--report_to {trackers}: it is not installed: pip install {trackers}")
+        if self.fsdp and precision == "fp16":
+            raise UserError("--mixed_precision fp16 scales its losses for one network: under FSDP use bf16 or no")
+        # Gathered weights must not outlive their block, nor be mistaken for an average's: under FSDP autocast keeps no copies of them.
+        handlers = [AutocastKwargs(cache_enabled=False)] if self.fsdp else []
+        self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.out), cpu=on_cpu, kwargs_handlers=handlers)
         self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         if cfg.batch % (self.world * cfg.accumulate):
             raise UserError(f"--batch {cfg.batch} is not divisible by {self.world} ranks x {cfg.accumulate} micro-batches")
         set_seed(cfg.seed)
+        self.sharded = self.fsdp is not None and self.world > 1
+        self.takes_part = self.rank == 0 or self.sharded      # in sampling and measuring: cut networks are called on all ranks together
         model.to(self.device)
         self.trainees: dict[str, Trainee] = {}
         self.step = self.tick = 0
@@ -145,6 +191,7 @@ class Run:
         self._logged: dict[str, list[float]] = {}
         self._history: dict[str, list[float]] = {}
         self._open_folder()
+        model.storage = Storage("", rank=self.rank) if cfg.dry_run else Storage(cfg.cache, cfg.cache_gb, self.out / "data", self.rank, self.world)
 
     # ------------------------------------------------------------------------------------------------ set-up
     def _open_folder(self):
@@ -153,6 +200,8 @@ class Run:
         self.resume_from = self._latest()
         if record.exists():
             theirs = json.loads(record.read_text())
+            # Runs from before these flags.
+            theirs = {"optimizer": "adamw", "teacher_lora": "", "teacher_lora_scale": 1.0, "distilled_teacher": False, "flow_shift": 0.0} | theirs
             diff = [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
             if theirs.get("method") != mine["method"]:
                 raise UserError(f"{self.out} holds a run of another method ({theirs.get('method')}): give another --output_dir")
@@ -178,7 +227,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ verbs
     def train(self, name: str, net, lr: float, **options) -> Trainee:
-        """Register trainable parameters under AdamW. `options` go to the optimiser (betas, weight_decay ...)."""
+        """Register trainable parameters under --optimizer. `options` go to the optimiser (betas, weight_decay ...)."""
         cfg = self.cfg
         warm = lambda step: lr * min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else lr      # a pure function of the step
         if getattr(net, "head", None) is not None:
@@ -189,16 +238,18 @@ class Run:
         if self.world > 1:
             for p in params.values():
                 torch.distributed.broadcast(p.data, 0)
+        if self.sharded and net.module is not self.model.module:
+            sharding.cut(net.module, self.fsdp, self.device)
+        trainee = self.trainees[name] = Trainee(name, net, warm)
         settings = {"betas": cfg.betas, "weight_decay": cfg.weight_decay} | options
-        optimizer = torch.optim.AdamW(list(params.values()), lr=lr, foreach=True, **settings)
-        self.trainees[name] = Trainee(name, net, warm, optimizer)
-        return self.trainees[name]
+        trainee.optimizer = optimizers.make(cfg.optimizer, trainee, self.device, lr=lr, **settings)
+        return trainee
 
     def average(self, trainee: Trainee, decay: float):
         """Exponential moving average of a trainee, as a Net; decay is ramped up over the first updates. decay 0: the trainee itself."""
         if not decay:
             return trainee.net
-        values = {n: p.detach().clone() for n, p in trainee.params.items()}
+        values = {n: p.detach().to("cpu" if self.cfg.offload_averages else p.device, copy=True) for n, p in trainee.own.items()}
         trainee.averages.append((decay, values))
         return trainee.net.reading(values)
 
@@ -213,11 +264,13 @@ class Run:
         others = [p for o in self.trainees.values() if o is not trainee for p in o.params.values() if p.requires_grad]
         for p in others:
             p.requires_grad_(False)
+        self._settle()
         try:
             yield
         finally:
             for p in others:
                 p.requires_grad_(True)
+            self._settle()
 
     def minimize(self, trainee: Trainee, loss: Callable[[Batch], dict], data) -> dict:
         """One optimiser step of `trainee` on loss(batch)["loss"], over the micro-batches; the other trainees are constants."""
@@ -243,8 +296,10 @@ class Run:
 
     def apply(self, trainee: Trainee):
         """Average gradients over ranks, clip, step, clear, update averages. Raises at a non-finite gradient."""
-        grads = [p.grad for p in trainee.params.values() if p.grad is not None]
-        if self.world > 1:
+        if self.sharded:
+            trainee.take_gradients()
+        grads = [p.grad for n, p in trainee.own.items() if p.grad is not None and p is trainee.params[n]]      # cut ones were averaged by FSDP
+        if self.world > 1 and grads:
             flat = torch.cat([g.flatten() for g in grads])
             torch.distributed.all_reduce(flat)
             flat /= self.world
@@ -253,7 +308,11 @@ class Run:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(trainee.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(list(trainee.params.values()), self.cfg.max_grad_norm)
+        if self.sharded:
+            norm = sharding.norm({n: p.grad for n, p in trainee.own.items() if p.grad is not None}, trainee.params)
+            torch.nn.utils.clip_grads_with_norm_(list(trainee.own.values()), self.cfg.max_grad_norm, norm)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(list(trainee.params.values()), self.cfg.max_grad_norm)
         if not torch.isfinite(norm) and scaler is None:
             raise UserError(self._last_words(f"gradient of the {trainee.name} is not finite at step {self.step}"))
         for group in trainee.optimizer.param_groups:
@@ -267,7 +326,7 @@ class Run:
         trainee.updates += 1
         for decay, values in trainee.averages:
             d = min(decay, (1 + trainee.updates) / (4 + trainee.updates))
-            torch._foreach_lerp_(list(values.values()), [p.data for p in trainee.params.values()], 1 - d)
+            torch._foreach_lerp_(list(values.values()), [trainee.own[n].data.to(v.device) for n, v in values.items()], 1 - d)
         self._logged.setdefault(f"{trainee.name}/grad_norm", []).append(norm.detach())
 
     def micro_batches(self, data) -> Iterator[Batch]:
@@ -277,9 +336,11 @@ class Run:
         for micro in range(cfg.accumulate):
             lo = (self.rank * cfg.accumulate + micro) * size
             window = slice(lo, lo + size)
-            index = _epoch_indices(len(data), self.tick * cfg.batch + torch.arange(lo, lo + size), cfg.seed)
+            numbers, order = self.tick * cfg.batch + torch.arange(lo, lo + size), getattr(data, "order", None)
+            index = order(numbers, cfg.seed, cfg.batch) if order else _epoch_indices(len(data), numbers, cfg.seed)
             fields = {k: _to(v, self.device) for k, v in data.get(index).items()}
-            yield Batch(fields, self.model.shape, (cfg.seed, self.tick), cfg.batch, window, self.device)
+            shape = tuple(fields["x0"].shape[1:]) if "x0" in fields else self.model.shape       # buckets: of this batch
+            yield Batch(fields, shape, (cfg.seed, self.tick), cfg.batch, window, self.device)
 
     def watch(self, student, times, rule: str = "renoise", **contract):
         """Name the student that leaves: `student` (a Trainee) is averaged, sampled beside the teacher, measured and exported.
@@ -300,7 +361,10 @@ class Run:
         cfg = self.cfg
         from .plan import plan
         self._count()                        # what the script prepared before its loop, such as stored pairs
-        estimate = plan(self)
+        if self.sharded and not sharding.is_cut(self.model.module):
+            adapters = {p for t in self.trainees.values() if t.net.module is self.model.module for p in t.params.values()}
+            sharding.cut(self.model.module, self.fsdp, self.device, whole=adapters & set(self.model.module.parameters()))
+        estimate = self.estimate = plan(self)
         if cfg.dry_run:
             return
         estimate.refuse_if_too_large()
@@ -342,6 +406,11 @@ class Run:
         self.accelerator.end_training()
 
     # ------------------------------------------------------------------------------------------------ housekeeping
+    def _settle(self):
+        if self.sharded:
+            for module in {id(m): m for m in (self.model.module, *(t.net.module for t in self.trainees.values()))}.values():
+                sharding.rest(module)
+
     def _on_signal(self, number, _frame):
         if self._stop is not None:
             raise KeyboardInterrupt
@@ -421,17 +490,15 @@ class Run:
     def save(self):
         """Checkpoint, written beside and renamed: a kill at any moment leaves the previous one or this one, whole."""
         self._saved = self.step
+        files = self._tensors()
         if self.rank == 0:
             root = self.out / "checkpoints"
             final, temp = root / f"step-{self.step:07d}", root / f".writing-{self.step:07d}"
             try:
                 shutil.rmtree(temp, ignore_errors=True)
                 temp.mkdir(parents=True)
-                for t in self.trainees.values():
-                    save_tensors({n: p.data for n, p in t.params.items()}, temp / f"{t.name}.safetensors")
-                    save_tensors(_optimizer_tensors(t), temp / f"{t.name}.optimizer.safetensors")
-                    for i, (_, values) in enumerate(t.averages):
-                        save_tensors(values, temp / f"{t.name}.average{i}.safetensors")
+                for name, tensors in files.items():
+                    save_tensors(tensors, temp / name)
                 state = {"step": self.step, "tick": self.tick, "elapsed": self.elapsed, "calls": self.calls, "best": self.best,
                          "updates": {n: t.updates for n, t in self.trainees.items()}, "history": self._history,
                          "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
@@ -448,6 +515,19 @@ class Run:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, file by file, as whole tensors; under FSDP all ranks call it, and the first keeps them, on the CPU."""
+        files = {}
+        for t in self.trainees.values():
+            parts = {f"{t.name}.safetensors": {n: p.data for n, p in t.own.items()}, f"{t.name}.optimizer.safetensors": optimizers.tensors(t)}
+            parts |= {f"{t.name}.average{i}.safetensors": values for i, (_, values) in enumerate(t.averages)}
+            for name, values in parts.items():
+                if self.sharded:
+                    gathered = ((k, sharding.whole_state(v, t.params[k.split("::")[0]])) for k, v in values.items())
+                    values = {k: v.cpu() if self.rank == 0 else None for k, v in gathered}
+                files[name] = values
+        return files
+
     def load(self, folder: Path):
         """Restore a checkpoint, on any number of ranks."""
         from safetensors.torch import load_file
@@ -461,13 +541,14 @@ class Run:
             self.watcher.restore(state["watcher"])
         for t in self.trainees.values():
             t.updates = state["updates"][t.name]
-            values = load_file(folder / f"{t.name}.safetensors")
-            for n, p in t.params.items():
+            values = t.rows(load_file(folder / f"{t.name}.safetensors"))
+            for n, p in t.own.items():
                 p.data.copy_(values[n])
-            _restore_optimizer(t, load_file(folder / f"{t.name}.optimizer.safetensors"))
+            optimizers.restore(t, load_file(folder / f"{t.name}.optimizer.safetensors"))
             for i, (_, average) in enumerate(t.averages):
-                for n, v in load_file(folder / f"{t.name}.average{i}.safetensors").items():
+                for n, v in t.rows(load_file(folder / f"{t.name}.average{i}.safetensors")).items():
                     average[n].copy_(v)
+        self._settle()
         if self.rank == 0:
             # Rows after the checkpoint will be written again by the steps that are repeated.
             rows = (self.out / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -502,21 +583,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path):
     os.replace(temp, path)
 
 
-def _optimizer_tensors(t: Trainee) -> dict[str, Tensor]:
-    out = {}
-    for name, p in t.params.items():
-        for key, value in t.optimizer.state.get(p, {}).items():
-            out[f"{name}::{key}"] = value if torch.is_tensor(value) else torch.tensor(value)
-    return out
-
-
-def _restore_optimizer(t: Trainee, tensors: dict[str, Tensor]):
-    for full, value in tensors.items():
-        name, key = full.rsplit("::", 1)
-        p = t.params[name]
-        t.optimizer.state[p][key] = value if key == "step" else value.to(p.device)
-
-
 def _to(value, device):
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
@@ -549,9 +615,11 @@ def cli(main: Callable, config: type[RunConfig]):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2)
-    except torch.cuda.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).splitlines()[0]}): use a smaller --batch, a larger --accumulate, "
-              "--gradient_checkpointing or --lora 64", file=sys.stderr, flush=True)
+    except (RuntimeError, MemoryError) as error:
+        from .plan import out_of_memory
+        if not (text := out_of_memory(error)):
+            raise
+        print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
 
@@ -559,14 +627,18 @@ def parse(config: type[RunConfig], argv: list[str], tyro) -> RunConfig:
     """`--recipe NAME` fills the defaults; flags given beside it win and are listed as deviations, the global batch first."""
     name = next((argv[i + 1] if a == "--recipe" else a.split("=", 1)[1] for i, a in enumerate(argv)
                  if (a == "--recipe" and i + 1 < len(argv)) or a.startswith("--recipe=")), "")
-    if name and name not in config.recipes:
-        raise UserError(f"unknown --recipe {name!r}: this script has {', '.join(sorted(config.recipes)) or 'none'}")
-    preset = {k: v for k, v in config.recipes.get(name, {}).items() if k != "source"}
+    found = config.recipes
+    if name == "auto":                       # of the teacher's family
+        from .recipes import automatic
+        found = {**found, "auto": automatic(config, argv)}
+    if name and name not in found:
+        raise UserError(f"unknown --recipe {name!r}: this script has {', '.join([*sorted(config.recipes), 'auto'])}")
+    preset = {k: v for k, v in found.get(name, {}).items() if k != "source"}
     cfg = tyro.cli(config, args=argv, default=config(**preset), description=(sys.modules[config.__module__].__doc__ or "").strip().split("\n\n")[0])
     if name:
         rows = [(k, v, getattr(cfg, k)) for k, v in preset.items() if getattr(cfg, k) != v]
         rows.sort(key=lambda r: r[0] != "batch")
-        print(f"recipe {name}: {config.recipes[name]['source']}", file=sys.stderr)
+        print(f"recipe {name}: {found[name]['source']}", file=sys.stderr)
         for k, theirs, ours in rows:
             print(f"  deviates: {k} = {ours} (recipe {theirs})", file=sys.stderr)
     return cfg

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from . import losses, metrics, rollout
+from . import losses, metrics, rollout, sharding
 from .errors import UserError
 from .grid import grid
 from .health import Health, saturation
@@ -29,7 +29,7 @@ def conditional_kid(x: torch.Tensor, y: torch.Tensor) -> metrics.Interval:
     kernel = lambda a, b: (a @ b.transpose(1, 2) / a.shape[2] + 1) ** 3
     off = lambda k: (k.sum((1, 2)) - k.diagonal(dim1=1, dim2=2).sum(1)) / (k.shape[1] * (k.shape[1] - 1))
     each = 1000 * (off(kernel(x, x)) + off(kernel(y, y)) - 2 * kernel(x, y).mean((1, 2)))
-    error = 1.96 * each.std().item() / len(each) ** 0.5
+    error = 1.96 * each.std().item() / len(each) ** 0.5 if len(each) > 1 else float("nan")       # one prompt has no spread over prompts
     return metrics.Interval(each.mean().item(), each.mean().item() - error, each.mean().item() + error)
 
 
@@ -96,7 +96,7 @@ class Watcher:
     def begin(self):
         """Teacher references, once per process."""
         run, model = self.run, self.run.model
-        if run.rank:
+        if not run.takes_part:
             return
         name = "flat" if len(model.shape) == 1 else "fashionnet" if model.name == "fashion" else metrics.default_feature_space()
         self.space, self.features = name, metrics.feature_space(name)
@@ -114,6 +114,11 @@ class Watcher:
         self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 else None
         if model.guidance != 1 and getattr(model.teacher, "guide", None) is None:      # another rule of guidance has no scale to read off
             self.warn(self.health.applied(run.step, *self._guided_once(), model.guidance))
+        if hasattr(model, "pipe"):
+            from .backbones.checks import look_at_noise
+            n = min(2, self.n)
+            with run.accelerator.autocast():
+                look_at_noise(model, self._noise(n)[0], {k: v for k, v in self._conditions(n, self.examples)[0].items() if k != "guidance"})
         self.shown = list(range(0, half, self.seeds))[:8]
         self.rows = [(f"teacher {TEACHER_STEPS} steps", model.decode(self.latents[self.shown])),
                      ("teacher 1 step", model.decode(self.teach(1, half, self.examples)[self.shown]))]
@@ -145,7 +150,7 @@ class Watcher:
         """Called after every student step."""
         run = self.run
         due = [f for f in ("sample", "measure") if run._due(getattr(run.cfg, f"{f}_every"))]
-        if due and run.rank == 0:
+        if due and run.takes_part:
             latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
             if "sample" in due:
                 self.draw(latents)
@@ -156,7 +161,8 @@ class Watcher:
 
     def draw(self, latents):
         rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", self.run.model.decode(x[self.shown])) for k, x in latents.items()]
-        grid(rows, self.run.out / "samples" / f"step-{self.run.step:07d}.png", [self.examples.names[i] for i in self.shown], self.cell)
+        if self.run.rank == 0:
+            grid(rows, self.run.out / "samples" / f"step-{self.run.step:07d}.png", [self.examples.names[i] for i in self.shown], self.cell)
 
     def measure(self, latents) -> float:
         """Score, log, health; keep the weights when they are the best so far."""
@@ -187,11 +193,15 @@ class Watcher:
     def keep(self, score: float):
         """Store the student's weights when they are the best so far."""
         run = self.run
+        if run.sharded:
+            score = run._agree(score)            # ranks draw the same samples; should a last bit differ, they still decide alike
         if score < run.best[0]:
             run.best = (score, run.step)
-            from .run import save_tensors
-            (run.out / "best").mkdir(exist_ok=True)
-            save_tensors(self.weights(), run.out / "best" / "student.safetensors")
+            weights = self.student.whole(self.weights())
+            if run.rank == 0:
+                from .run import save_tensors
+                (run.out / "best").mkdir(exist_ok=True)
+                save_tensors(weights, run.out / "best" / "student.safetensors")
 
     def losses(self, means: dict):
         """Scalars of a logging step, for the health rules that need no samples."""
@@ -207,7 +217,7 @@ class Watcher:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What would be exported now: the average, or the student's own parameters."""
-        values = self.student.averages[0][1] if self.student.averages else self.student.params
+        values = self.student.averages[0][1] if self.student.averages else self.student.own
         return {n: v.detach() for n, v in values.items() if not n.startswith("head.")}
 
     def summary(self) -> dict:
@@ -225,7 +235,7 @@ class Watcher:
     def finish(self):
         """Choose the student, measure it beside the teacher, export folder and card, push if asked."""
         run, cfg = self.run, self.run.cfg
-        if run.rank == 0:
+        if run.takes_part:
             if cfg.measure_every and self.last.get("step") != run.step:
                 latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
                 self.draw(latents)
@@ -233,7 +243,9 @@ class Watcher:
             weights, step = self.weights(), run.step
             if cfg.export == "best" and run.best[1] > 0:
                 from safetensors.torch import load_file
-                weights, step = {n: v.to(run.device) for n, v in load_file(run.out / "best" / "student.safetensors").items()}, run.best[1]
+                run.accelerator.wait_for_everyone() if run.sharded else None       # the first rank has written it
+                best = self.student.rows(load_file(run.out / "best" / "student.safetensors"))
+                weights, step = {n: v.to(run.device) for n, v in best.items()}, run.best[1]
             self.net = self.student.net.reading(weights)
             self.export(step)
         run.accelerator.wait_for_everyone()
@@ -247,7 +259,8 @@ class Watcher:
             pictures = self._pictures(latents)
             seconds = (time.perf_counter() - began) / self.n
             kid = self.distance(pictures)
-            rows.append({"who": who, "steps": steps, "calls": calls, self.distance_name: kid.value, "low": kid.low, "high": kid.high,
+            rows.append({"who": who, "steps": steps, "calls": calls, self.distance_name: kid.value,
+                         **({"low": kid.low, "high": kid.high} if kid.low == kid.low else {}),           # one prompt alone has no interval
                          "diversity": metrics.diversity(self._by_prompt(latents)) / self.reference_diversity, **self.extra(latents), "seconds_per_image": seconds})
         per_step = 1 if self.run.model.guidance == 1 else 2
         for steps in sorted({*self.trained, 8, TEACHER_STEPS}, reverse=True):
@@ -260,16 +273,28 @@ class Watcher:
         run = self.run
         measured = self.table()
         latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
-        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", run.model.decode(x[self.shown])) for k, x in latents.items()]
+        named = lambda who, k, x: (f"{who} {k} step{'s' * (k > 1)}", run.model.decode(x[self.shown]))
+        few = [named("teacher", k, self.teach(k, self.half, self.examples)) for k in sorted({8, *self.trained}, reverse=True)]
+        rows = [self.rows[0], *few, *(named("student", k, x) for k, x in latents.items())]
         picture = grid(rows, columns=[self.examples.names[i] for i in self.shown], cell=self.cell)
-        self.leave(step, {"measured": measured, "space": self.space, "prompts": [self.examples.names[i] for i in self.shown]},
-                   lambda folder: picture.save(folder / "grid.png"))
+        facts = {"measured": measured, "space": self.space, "prompts": [self.examples.names[i] for i in self.shown]}
+        if hasattr(run.model, "pipe"):
+            from . import report
+            facts["report"] = report.go_no_go(self, measured, latents)
+            if run.rank == 0:
+                from .hub.card import verdict
+                (run.out / "report.md").write_text(f"# {run.out.name}\n\n{verdict(facts['report'])}\n", encoding="utf-8")
+                print(f"\n{facts['report']['verdict']}", file=sys.stderr)
+        self.leave(step, facts, lambda folder: picture.save(folder / "grid.png"))
 
     def leave(self, step: int, facts: dict, extra):
         """Write measured.json and the student's folder with its card (and what extra(folder) adds), push if asked."""
         from .hub.card import write_card
         from .hub.export import export_student
         run = self.run
+        net = sharding.assembled(self.net, run.rank == 0) if run.sharded else self.net
+        if run.rank:
+            return
         facts |= {"samples": self.n, "exported_step": step, "score": run.best[0], "seconds": run.elapsed, "steps": run.step, "calls": run.calls,
                   "trained": {n: sum(p.numel() for p in t.params.values()) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device)}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
@@ -279,9 +304,11 @@ class Watcher:
         def card(folder):
             extra(folder)
             write_card(folder, run.model, facts)
-        folder = export_student(run.model, self.net, run.out / "student", self.contract, lora_rank=run.cfg.lora, extra=card,
-                                facts={k: facts[k] for k in ("method", "chain", "exported_step", "steps")})
-        print(f"student (step {step}) -> {folder}\n  {self.opened_by}({str(folder)!r})", file=sys.stderr)
+        with sharding.outlined(run.model):
+            folder = export_student(run.model, net, run.out / "student", self.contract, lora_rank=run.cfg.lora, extra=card,
+                                    facts={k: facts[k] for k in ("method", "chain", "exported_step", "steps")})
+        opened_by = f"\n  {self.opened_by}({str(folder)!r})" if (folder / "model_index.json").exists() else ""      # a toy is bare weights
+        print(f"student (step {step}) -> {folder}{opened_by}", file=sys.stderr)
         if run.cfg.push_to_hub:
             if url := self.pusher.finish(folder):
                 print(f"pushed: {url}", file=sys.stderr)
@@ -299,7 +326,7 @@ class Watcher:
         """Called after every checkpoint: with --push_to_hub the student as it is leaves in the background, for the branch `training`,
         unless the last one is still on its way. Only writing the folder takes time of the loop; no failure ends the run."""
         run = self.run
-        if run.rank or not run.cfg.push_to_hub or not self.pusher.idle:
+        if run.rank or run.sharded or not run.cfg.push_to_hub or not self.pusher.idle:      # a cut network is put together once, at the end
             return
         from .hub.card import write_card
         from .hub.export import export_student

@@ -52,7 +52,7 @@ class TextWatcher(Watcher):
     # ------------------------------------------------------------------------------------------------ the run's calls
     def begin(self):
         """The teacher's many-step samples, once per process."""
-        if self.run.rank:
+        if not self.run.takes_part:
             return
         self.n, self.examples = SAMPLES[self.run.model.family], None
         samples = self.teach(self.many, self.n)
@@ -66,6 +66,8 @@ class TextWatcher(Watcher):
         return "\n\n".join("\n".join([name, *("  " + text.replace("\n", " ") for text in self.run.model.decode(x))]) for name, x in rows) + "\n"
 
     def draw(self, samples):
+        if self.run.rank:
+            return
         folder = self.run.out / "samples"
         folder.mkdir(exist_ok=True)
         (folder / f"step-{self.run.step:07d}.txt").write_text(self.lines(samples), encoding="utf-8")

@@ -19,6 +19,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -217,7 +218,9 @@ def markdown(rows: list[dict]) -> str:
     why: dict[tuple, dict[str, list]] = {}
     for r in rows:
         if r["outcome"] != "ok":
-            why.setdefault((r["outcome"], r["why"].replace("UserError: ", "")), {}).setdefault(r["teacher"], []).append(f"{r['script']} ({r['form']})")
+            text = re.sub(r"(--teacher )?\.\.\./teachers/\w+", "the teacher", r["why"].replace("UserError: ", ""))      # one line for all that say the same
+            text = re.sub(r"the \w+ family", "its family", text)
+            why.setdefault((r["outcome"], text), {}).setdefault(r["teacher"], []).append(f"{r['script']} ({r['form']})")
     said = {"unsupported": "not supported", "failed": "fails"}
     notes = [f"- {said[kind]}, {'; '.join(f'{t}: ' + ', '.join(sorted(s)) for t, s in sorted(where.items()))}: {text}" for (kind, text), where in sorted(why.items())]
     versions = sorted({f"torch {r['torch']}, diffusers {r['diffusers']}" for r in rows})

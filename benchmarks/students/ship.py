@@ -28,18 +28,52 @@ def pictures(folder: Path, contract):
     return {k: np.asarray(pipe(**what, num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="np").images) for k in contract.steps}
 
 
+def draw(folder: Path, teacher: str):
+    """The card's grid again: teacher at many steps, teacher and student at few, on the noise of the run's own grid."""
+    from diffusers import DiffusionPipeline
+
+    from zoo import backbones, rollout, watch
+    from zoo.denoiser import Denoiser
+    from zoo.grid import grid
+    from zoo.hub.record import read_record
+    contract, _ = read_record(folder)
+    model = backbones.load(teacher)
+    examples = model.examples(watch.PROMPTS, watch.SEEDS)
+    shown = list(range(0, len(examples.names) // 2, watch.SEEDS))[:8]
+    part = lambda d: {k: v[shown] for k, v in d.items()}
+    g = torch.Generator().manual_seed(2026)
+    noise = [torch.randn(len(examples.names), *model.shape, generator=g)[shown] for _ in range(1 + max(contract.steps))]
+    student = Denoiser(DiffusionPipeline.from_pretrained(str(folder)).unet.float().eval(), model.process, model.pred, model.forward)
+
+    @torch.no_grad()
+    def row(who, k):
+        times, fresh = model.process.t_max * (1 - torch.arange(k, dtype=torch.float64) / k), iter(noise[1:])
+        if who == "teacher":
+            x = rollout.sample(model.teacher, noise[0], part(examples.cond), times, "ode", uncond=part(examples.uncond), guidance=model.guidance)
+        else:
+            x = rollout.sample(student, noise[0], part(examples.cond), times, contract.sampler, lambda: next(fresh))
+        return f"{who} {k} step{'s' * (k > 1)}", model.decode(x)
+    few = sorted({8, *contract.steps}, reverse=True)
+    rows = [row("teacher", watch.TEACHER_STEPS), *(row("teacher", k) for k in few), *(row("student", k) for k in contract.steps)]
+    grid(rows, folder / "grid.png", [examples.names[i] for i in shown])
+
+
 def main(source: Path, name: str):
     from zoo.hub.card import refresh
     from zoo.hub.record import RECORD, read_record
-    contract, _ = read_record(source)
+    contract, record = read_record(source)
     target = ROOT / "zoo" / "assets" / "students" / name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     if (source.parent / "measured.json").exists() and "card" not in json.loads((source / RECORD).read_text()):
         shutil.copy(source.parent / "measured.json", target)      # of a run that did not yet keep it in the student's own record
+    notice = ROOT / "zoo" / "assets" / str(record["teacher"]) / "NOTICE"
+    if notice.is_file():                              # of the teacher's data: exports of older runs lack it
+        shutil.copy(notice, target)
     for path in target.rglob("*.safetensors"):
         halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
         save_file(halved, path, metadata={"format": "pt"})
+    draw(target, json.loads((target / RECORD).read_text())["student"]["teacher"])
     refresh(target)
     before, after = pictures(source, contract), pictures(target, contract)
     for k in before:

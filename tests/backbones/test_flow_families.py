@@ -267,7 +267,7 @@ def test_refusals(world, tmp_path):
     """Unsupported members of the families, and uses, are named."""
     with pytest.raises(UserError, match="embeds its guidance"):
         opened(world, "flux").make("student", guidance_embedding=True)
-    with pytest.raises(UserError, match="video files are not read yet"):
+    with pytest.raises(UserError, match="prompts alone, and this method trains on captioned clips"):
         opened(world, "ltx").batches(images=True)
     index = json.loads((tiny_b.build("wan", tmp_path / "wan") / "model_index.json").read_text())
     index["transformer_2"] = ["diffusers", "WanTransformer3DModel"]

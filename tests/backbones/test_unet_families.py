@@ -132,10 +132,15 @@ def test_pixart_alpha_reads_the_size(world):
     steps = watched(pipe, "transformer", prompt=PROMPTS, guidance_scale=W, height=16, width=32, use_resolution_binning=False,
                     num_inference_steps=2, output_type="latent")
     cond, uncond = conditions(model, {"prompt": PROMPTS})
-    for x, number, raw, _ in steps:
+    for x, number, raw, combined in steps:
         t = model.process.from_timestep(torch.full((4,), number, dtype=torch.float64))
         with torch.no_grad():
             assert torch.equal(model.teacher(x, t, {k: torch.cat([uncond[k], cond[k]]) for k in cond}, to="eps"), raw[:, :4])
+            mine = losses.guided(model.teacher, x[:2], t[:2], cond, uncond, W, to="eps")
+            torch.testing.assert_close(mine, combined[:2, :4], atol=1e-5, rtol=1e-5)
+    net = model.make("student", two_time=True)
+    with torch.no_grad():
+        assert torch.equal(net(x[:2], t[:2], cond, r=t[:2]), model.teacher(x[:2], t[:2], cond))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

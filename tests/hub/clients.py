@@ -55,7 +55,7 @@ class Client:
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def result(self, process) -> dict:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
         assert self.token not in out + err, "a token was printed"
         return json.loads(out.splitlines()[-1].removeprefix("RESULT "))

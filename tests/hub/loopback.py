@@ -113,6 +113,7 @@ class Loopback:
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
+        self.server.socket.listen(64)                          # the class's own five are few for a client of many threads
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.cdn = f"http://localhost:{self.server.server_port}"      # another origin: the client must not bring its token
 
@@ -215,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault.meanwhile:
                     fault.meanwhile()
                 if fault.hold:
-                    fault.release.wait(60)
+                    fault.release.wait(300)
                 if fault.drop == "before":
                     return self.hang_up()
                 if fault.drop == "after":

@@ -62,7 +62,7 @@ np.save(sys.argv[1], pipe(**json.loads(sys.argv[3]), generator=torch.Generator()
 
 
 def python(script, *arguments, hub, home):
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], env=environment(hub, home), cwd=home, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], env=environment(hub, home), cwd=home, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -226,7 +226,7 @@ def test_private_gated_branch_tag_collection_in_parts_and_pages(tmp_path):
 
 
 def python_as(who, script):
-    out, err = who.start(script).communicate(timeout=120)
+    out, err = who.start(script).communicate(timeout=300)
     return out + err
 
 

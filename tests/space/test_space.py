@@ -58,12 +58,13 @@ def test_a_folder_that_is_no_student_is_left_out(here, monkeypatch, tmp_path, ca
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
-@pytest.mark.parametrize("name, what", [("tiny-words", "red heart"), ("tiny-classes", "class 2")])
+@pytest.mark.parametrize("name, what", [("tiny-words", "red heart"), ("tiny-classes", "class 2"), ("tiny-ode", "class 2")])
 def test_a_race_is_the_plain_call_against_the_deterministic_teacher(here, name, what):
     o = here.order(name, what, 5, 2)
     states = list(here.race(o))
     student, teacher = states[-1].lanes
     call = {"prompt": what} if name == "tiny-words" else {"class_labels": [2]}
+    assert (zoo.load(o.student.source).scheduler.config["_fewstep"]["sampler"] == "ode") == (name == "tiny-ode")
     alone = zoo.load(o.student.source)(**call, num_inference_steps=2, generator=torch.Generator().manual_seed(5)).images[0]
     assert np.array_equal(pixels(alone), pixels(student.images[0]))
 
@@ -105,6 +106,14 @@ def test_a_rival_runs_its_own_nearest_count(here):
     assert "rival=tiny-rival" in r.facts()["link"]
 
 
+def test_a_student_without_fresh_noise_races_one_with_it(here):
+    r = last(here.race(here.order("tiny-ode", "class 1", 3, 4, "tiny-classes")))
+    assert [(d.who, d.calls, d.finished) for d in r.lanes[:2]] == [("tiny-ode", 4, True), ("tiny-classes", 4, True)] and r.speedup
+    l = last(here.ladder(r.order))
+    assert [s and s.calls for s, _ in l.rungs.values()] == [1, 2, 4, None]
+    assert np.array_equal(pixels(l.rungs[4][0].images[0]), pixels(r.lanes[0].images[0]))
+
+
 def test_a_teacher_that_cannot_be_had_leaves_a_note(here, monkeypatch):
     source = here.racer("tiny-words").source
     monkeypatch.setenv("FEWSTEP_SPACE_STUDENTS", f"{source}=nowhere")
@@ -120,6 +129,14 @@ def test_the_strip_measures_what_metrics_measures(here):
         assert len(row.images) == 8 and s.diversity[row.role] == pytest.approx(metrics.diversity(x[None]))
     alone = here.draw(s.order.student, "red heart", [0], 1).images[0]
     assert np.abs(pixels(alone).astype(int) - pixels(s.rows[0].images[3])).max() <= 1          # a seed is a seed, alone or among eight
+
+
+def test_more_variety_than_the_teachers_is_not_called_a_rest(here):
+    import looks
+    rows = [here.Drawn("a", "student", 1), here.Drawn("/folder/b", "teacher", 25)]
+    board = lambda student: looks.strip_board(here.Strip(here.order("tiny-words", "red heart", 0, 1), rows, {"student": student, "teacher": 0.2}))
+    assert "<b>90 %</b>" in board(0.18) and "is left" in board(0.18)
+    assert "<b>1.5 times</b>" in board(0.3) and "is left" not in board(0.3) and "/folder" not in board(0.3)
 
 
 def test_the_ladder_keeps_to_the_contract_and_the_budget(here):
@@ -140,6 +157,17 @@ def test_models_in_memory_are_bounded(here):
     assert list(garage.kept) == ["a", "c"]
     garage.get("big", lambda: (None, [torch.nn.Linear(100, 100)]))
     assert list(garage.kept) == ["big"]                          # never none
+
+
+def test_students_of_others_share_their_teachers_noise(here, monkeypatch):
+    """Listed where there is a GPU or they are asked for: weights on the teacher's network, never a pipeline of their own size, never a pickle."""
+    assert here.DEVICE == "cuda" or all(r.local for r in here.roster().values())
+    monkeypatch.setenv("FEWSTEP_SPACE_HUB", "1")
+    far = {r.name: r for r in here.roster().values() if not r.local}
+    assert {"hyper-sd.sd15-4step", "dmd2.sdxl-4step"} <= set(far) and "sdxl-turbo" not in far and "dmd2.sdxl-1step" not in far
+    assert {i for r in far.values() for i in (r.source, r.teacher)} == set(space.models())
+    near = here.order("tiny-words", "red heart", 0, 4)
+    assert [here.lease(15)(o) for o in (near, here.order("hyper-sd.sd15-4step", "a fox", 0, 4))] == [15, 60]
 
 
 # ------------------------------------------------------------------------------------------------------- video
@@ -184,7 +212,7 @@ def test_words_of_others_are_escaped(here):
     r = last(here.race(here.order("tiny-words", NASTY, 0, 1)))
     strip, ladder = last(here.strip(r.order)), last(here.ladder(r.order))
     for html in (looks.race_board(r), looks.race_board(None, message=NASTY), looks.history([looks.history_entry(r)]), looks.strip_board(strip, message=NASTY), looks.ladder_board(ladder, message=NASTY),
-                 looks.scatter({NASTY: [(1, 2, NASTY)]}, NASTY, NASTY, NASTY)):
+                 looks.scatter({NASTY: [(1, 2, NASTY, 0.5)]}, NASTY, NASTY, NASTY)):
         assert "<img src=x" not in html and "&lt;img src=x" in html
     assert "read as plain text" in looks.race_board(r) and "role=\"alert\"" in looks.race_board(None, message=NASTY)
 
@@ -209,12 +237,40 @@ def test_a_link_fills_the_panel_and_starts_the_race(here):
         assert len(boards) == 1 and 'role="alert"' in boards[0][0], bad
 
 
+def test_another_student_keeps_what_suits_it(here):
+    import tabs
+    value = lambda updates: [u.get("value") for u in updates[1:6]]
+    assert value(tabs.switch("tiny-words", "tiny-rival", "red heart", None, 7, 2)) == ["tiny-rival", "red heart", None, 7, 2]          # itself
+    assert value(tabs.switch("tiny-ode", "tiny-rival", "red heart", None, 7, 2)) == ["", "", "class 0", 7, 2]
+    assert value(tabs.switch("tiny-ode", "tiny-classes", "", "class 3", 7, 3)) == ["tiny-classes", "", "class 3", 7, 4]
+    assert value(tabs.switch("dmd.emoji-4step", "", "a green frog", None, 7, 1))[1:] == ["a green frog", None, 7, 1]
+
+
 def test_a_bug_shows_no_traceback(here, monkeypatch, capsys):
     import tabs
     monkeypatch.setattr(here, "race", lambda o: (_ for _ in ()).throw(ZeroDivisionError("secret /path")))
     boards = list(tabs.run_race(lambda: here.order("tiny-words", "red heart", 1, 4), []))
     assert "the page goes on" in boards[-1][0] and "secret" not in boards[-1][0]
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_errors_of_the_machine_keep_their_words(here):
+    import gradio as gr
+    import tabs
+    assert tabs.told(gr.Error("you have exceeded your quota")) == "you have exceeded your quota"
+
+
+def test_a_curve_is_drawn_from_its_first_point(here):
+    import distil
+    import looks
+    import tabs
+    none, one, two = looks.curve([], "loss"), looks.curve([(4, 0.25)], "loss"), looks.curve([(4, 0.25), (8, 0.125)], "loss")
+    assert "<svg" not in none and one.count("<circle") == 1 and "<polyline" not in one and "<b>0.25</b>" in one and "0.25 at step 4" in one
+    assert two.count("<circle") == 1 and "<polyline" in two and "from 0.25 to 0.125" in two and "<b>0.125</b>" in two
+    flat = looks.curve([(0, 1.0), (1, 1.0)], "loss")
+    assert "nan" not in flat + one
+    html = tabs.training_board(distil.View("running", "fashion", 4, 3.0, 5.0, {"measure/score": [(4, 0.25)]}))
+    assert html.count("<svg") == 1
 
 
 # ------------------------------------------------------------------------------------------------------- leaderboard
@@ -239,15 +295,36 @@ def test_the_leaderboard_shows_the_committed_table(here, monkeypatch, tmp_path):
                                        dict(who="teacher", kind="teacher", sampler="ode", steps=25, calls=50, kid_efflite0=220, diversity=0.4)])
     rows = board.rows(tmp_path / "fashion" / "leaderboard.csv")
     assert [(r["who"], r["kid_efflite0"], r["seeds"]) for r in rows] == [("teacher", 220, 1), ("dmd", 350, 2)]
+    assert (rows[0]["kid_efflite0_spread"], rows[1]["kid_efflite0_spread"]) == (None, pytest.approx(50 * 2**0.5))
     head, table, plots = tabs.show_board("fashion", "kid_efflite0", "training_seconds")
-    assert "Best student: dmd" in head and table["value"]["data"][1][:5] == ["dmd", "distribution matching", "renoise", 4, 350.0]
+    assert "Best student: dmd" in head and "350 &plusmn; 71" in head and table["value"]["data"][1][:6] == ["dmd", "distribution matching", "renoise", 4, 350.0, 70.7]
+    assert table["value"]["headers"][5] == "± over seeds" and "recall" not in table["value"]["headers"]          # empty here
+    assert "350 ± 71 kid_efflite0" in plots and plots.count('class="fs-bar"') == 2
+    assert plots.count('<text class="fs-name"') >= 2 and board.telling_cost(tmp_path / "fashion" / "leaderboard.csv") == "training_calls"
     assert plots.count("<svg viewBox") == 2 and "dmd (renoise): 4 network calls" in plots and "120 seconds of training" in plots
     (tmp_path / "fashion" / "leaderboard.csv").write_text("a,b\n1,2\n")
     assert "cannot be read" in tabs.show_board("fashion", "kid_efflite0", "training_calls")[0]
 
 
+def test_a_family_looks_the_same_in_every_plot(here):
+    import board
+    import looks
+    point = lambda name: [(1, 2.0, name, 0.0)]
+    both = looks.scatter({name: point(name) for name in reversed(board.FAMILIES)}, "x", "y", "all", order=board.FAMILIES)
+    assert len(set(looks.MARKS)) == len(board.FAMILIES)
+    for i, name in enumerate(board.FAMILIES):
+        alone = looks.scatter({name: point(name)}, "x", "y", "one", order=board.FAMILIES)
+        assert f'class="fs-series fs-s{i}"' in alone and both.count(f'class="fs-series fs-s{i}"') == 2          # its points, and the key
+
+
 # ------------------------------------------------------------------------------------------------------- take it home
-@pytest.mark.parametrize("name, what", [("tiny-words", 'red "heart" \\ star'), ("tiny-classes", "class 3")])
+def test_a_shipped_student_goes_by_its_name(here):
+    import takehome
+    lines = takehome.snippets(here.order("dmd.emoji-4step", "noto hospital", 0, 4))
+    assert 'zoo.load("dmd.emoji-4step")' in lines["zoo"] and not any(str(ROOT) in text for text in lines.values())
+
+
+@pytest.mark.parametrize("name, what", [("tiny-words", 'red "heart" \\ star'), ("tiny-classes", "class 3"), ("tiny-ode", "class 3")])
 def test_the_snippets_draw_the_same_picture(here, name, what, tmp_path, monkeypatch):
     import takehome
     from PIL import Image
@@ -259,7 +336,7 @@ def test_the_snippets_draw_the_same_picture(here, name, what, tmp_path, monkeypa
         exec(compile(lines[key], key, "exec"), {})
         assert np.array_equal(pixels(Image.open("student.png")), pixels(drawn)), key
         Path("student.png").unlink()
-    assert "train_dmd.py" in lines["train"] and "@article" in lines["cite"] and "import zoo" not in lines["diffusers"]
+    assert f"train_{o.student.method}.py" in lines["train"] and "@article" in lines["cite"] and "import zoo" not in lines["diffusers"]
 
 
 # ------------------------------------------------------------------------------------------------------- names
@@ -295,7 +372,10 @@ def test_the_assembled_folder_is_whole(assembled):
     ("requirements.txt", "peft==0.21.2", "", "does not pin peft"), ("requirements.txt", "gradio==6.31.0", "gradio==6.30.0", "not the gradio of requirements.txt"),
     ("README.md", "sdk: gradio", "sdk: static", "sdk is 'static'"), ("README.md", 'python_version: "3.12"', 'python_version: "3.11"', "python_version 3.11"),
     ("README.md", "app_file: app.py", "app_file: main.py", "app_file main.py does not exist"), ("README.md", "zero-a10g", "zero-h100", "no hardware"),
-    ("README.md", "---\ntitle", "title", "no front matter"), ("app.py", "import api", "import apis", "imports apis"), ("app.py", '"style.css"', '"styles.css"', "uses styles.css")])
+    ("README.md", "---\ntitle", "title", "no front matter"), ("README.md", "- tianweiy/DMD2\n", "", "models lacks tianweiy/DMD2"),
+    ("README.md", "- tianweiy/DMD2\n", "- tianweiy/DMD2\n- me/mine\n", "models names me/mine"),
+    ("README.md", "- ByteDance/Hyper-SD Hyper-SD15", "- me/mine Hyper-SD15", "fetches me/mine"), ("README.md", " Hyper-SD15-4steps-lora.safetensors", "", "write 'ByteDance/Hyper-SD file,file'"),
+    ("README.md", "4steps-lora.safetensors", "4steps-lora.bin", "pickles"), ("app.py", "import api", "import apis", "imports apis"), ("app.py", '"style.css"', '"styles.css"', "uses styles.css")])
 def test_the_lint_finds(assembled, tmp_path, file, old, new, said):
     import shutil
     copy = tmp_path / "space"

@@ -90,11 +90,12 @@ def _pipeline_class(folder: str, teacher: str) -> str:
     path = Path(folder) / "model_index.json"
     if not Path(folder).is_dir():
         from huggingface_hub import hf_hub_download
+
+        from .checks import unreadable
         try:
             path = Path(hf_hub_download(folder, "model_index.json"))
         except Exception as error:
-            raise UserError(f"could not read {teacher} from the Hub ({type(error).__name__}: {str(error).splitlines()[0]}): "
-                            "check the id, log in for gated or private repositories, or give a local folder") from error
+            raise unreadable(f"--teacher {teacher}", folder, error) from error
     if not path.exists():
         raise UserError(f"{folder} has no model_index.json: a teacher is a diffusers pipeline folder (pipe.save_pretrained)")
     return json.loads(path.read_text())["_class_name"]

@@ -11,11 +11,11 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import data as datasets_
 from ..critics import GanHead, Heads
+from ..data.cache import Storage, size
 from ..denoiser import SLOT_DIM, Denoiser, SlotEmbedding, add_adapter, add_slot, checkpoint_activations
 from ..errors import UserError
-from ..process import Pred, Process
+from ..process import Pred, Process, RectifiedFlow
 
 
 @dataclass
@@ -27,10 +27,15 @@ class Examples:
 
 
 class Source:
-    """`len(source)` items; `get(index [B])` gives a dict of cond, uncond and, where asked for, x0."""
+    """`len(source)` items; `get(index [B])` gives a dict of cond, uncond and, where asked for, x0.
 
-    def __init__(self, n: int, get: Callable[[Tensor], dict]):
-        self.n, self.get = n, get
+    order(numbers, seed, batch): item of each global sample number, where they are not simply shuffled (streams, buckets);
+    identity: of its conditions, by which stored pairs know their data; cache: where its latents are kept, if anywhere."""
+
+    identity, cache = "", None
+
+    def __init__(self, n: int, get: Callable[[Tensor], dict], order: Callable[[Tensor, int, int], Tensor] | None = None):
+        self.n, self.get, self.order = n, get, order
 
     def __len__(self):
         return self.n
@@ -46,7 +51,7 @@ class Backbone:
     `TimestepEmbedding`s, where a second scalar is added; shift: the stock scheduler's k of `times.shifted` (flow matching);
     folds_guidance: the stock pipelines leave guidance alone when the network has `time_cond_proj_dim` (Stable Diffusion);
     stock_call: what a stock call must be told besides the number of steps, e.g. {"guidance_scale": 1.0};
-    pipeline_tag: the task of its students on the Hub."""
+    pipeline_tag: the task of its students on the Hub; style: the LoRA in the teacher's weights (style.add_style), if any."""
 
     name: str
     family: str
@@ -65,6 +70,8 @@ class Backbone:
     folds_guidance = False
     stock_call: dict = {}
     pipeline_tag = "unconditional-image-generation"
+    style = None
+    storage = Storage()       # where encoded prompts and pictures are kept; a run sets its own
     bf16_on_cpu = False       # whether bf16 autocast is faster on a CPU (measured: convolutional UNets gain, a small MLP loses)
     lora_targets = (r".*(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut|conv|"
                     r"time_emb_proj|linear_1|linear_2|cond_proj)")
@@ -88,6 +95,8 @@ class Backbone:
         init: folder of a student to start from; frozen: regular expression of parameters that are not trained."""
         if two_time and guidance_embedding:
             raise UserError("a network has one extra scalar input: choose two_time or guidance_embedding")
+        if two_time and role == "student" and getattr(self.process, "shift", 1.0) != 1:       # its pipeline counts its second time unshifted
+            raise UserError("--flow_shift moves the times of one-time students; this method draws its two times itself: leave it out")
         module = self.module if lora else copy.deepcopy(self.module)
         slot = "r" if two_time else "guidance" if guidance_embedding else None
         if slot:
@@ -159,6 +168,13 @@ class Backbone:
         """The teacher's own pipeline around another network and scheduler."""
         return type(self.pipe)(**self.pipe.components | {self.part: module, "scheduler": scheduler})
 
+    def shift_times(self, k: float) -> None:
+        """Count the times of a flow teacher so that uniform draws and evenly spaced knots are moved towards noise by k (`times.shifted`), before
+        any role is made. The path, the network and what leaves are the same; the contract's timesteps follow. Raises UserError elsewhere."""
+        if not isinstance(self.process, RectifiedFlow) or self.pred not in ("velocity", "flow") or self.family == "video":
+            raise UserError(f"--flow_shift moves the times of flow-matching teachers, and {self.name} ({self.family}) counts its own: leave it out")
+        self.process, self.pred = RectifiedFlow(k), "flow"
+
     def head_shape(self) -> tuple[int, int | None]:
         """(channels, side) of the tapped feature map."""
         raise NotImplementedError
@@ -177,7 +193,10 @@ class Backbone:
 
     def load_student(self, module: nn.Module, role: str | None, folder: str, slot: str | None) -> None:
         """Copy an exported student's weights (folder/unet, or its LoRA file for a LoRA run) into `module`."""
-        from ..hub.export import read_student
+        from ..hub.export import read_record, read_student
+        from .checks import refuse_other_prediction
+        if read_record(folder)[1]["family"] == self.family:        # of another family: read_student says so
+            refuse_other_prediction(self, Path(folder))
         read_student(self, module, role, Path(folder), slot)
 
     def to(self, device) -> "Backbone":
@@ -283,31 +302,29 @@ class Prompted(Latent):
         """The conditions [1, ...] of the stock pipeline's unguided half."""
         return self.conditions([""])
 
-    def batches(self, images=False):
-        if not self.data:
-            raise UserError(f"{self.name} comes without {'captioned images' if images else 'prompts'}: give --data {'FOLDER' if images else 'prompts.txt'}")
-        if images:
-            pixels, table = datasets_.load(self.data, self.shape[-1] * self.pipe.vae_scale_factor, 3)
-            if "caption" not in table.column_names:
-                raise UserError(f"--data {self.data} has no caption column (caption, text or prompt) beside its images: it has {', '.join(table.column_names)}")
-            captions = list(table["caption"])
-            latents = Memo(lambda i: self.encode(pixels[i]))
-        else:
-            captions = datasets_.prompts(self.data)
-        embeddings = Memo(lambda i: self.conditions([captions[j] for j in i]), limit=20_000)
-        empty = self.unconditional()
+    any_size = True           # whether the network takes pictures of any shape (buckets)
 
-        def get(index):
-            fields = {"cond": embeddings(index), "uncond": _repeat(empty, len(index))}
-            return fields | ({"x0": latents(index)} if images else {})
-        return Source(len(captions), get)
+    @property
+    def texts(self):
+        """Conditions of prompts, each encoded once (data.feed.Texts)."""
+        from ..data.feed import Texts
+        if self._texts is None or self._texts.storage != self.storage:
+            self._texts = Texts(self)
+        return self._texts
+
+    _texts = None
+
+    def batches(self, images=False):
+        from ..data.feed import feed
+        return feed(self, images)
 
     def examples(self, n, seeds=1):
-        captions = sorted(set(datasets_.prompts(self.data)))
+        from ..data.feed import some_prompts
+        captions = sorted(set(some_prompts(self)))
         pick = torch.randperm(len(captions), generator=torch.Generator().manual_seed(7))[:n].tolist()
         names = [captions[i] for i in pick for _ in range(seeds)]
-        with torch.no_grad():
-            return Examples(names, self.conditions(names), _repeat(self.unconditional(), len(names)))
+        cond = {k: v.to(self.module.device) for k, v in self.texts(names).items()}
+        return Examples(names, cond, _repeat(self.texts.empty(), len(names)))
 
 
 def _repeat(cond: dict[str, Tensor], n: int) -> dict[str, Tensor]:
@@ -315,10 +332,11 @@ def _repeat(cond: dict[str, Tensor], n: int) -> dict[str, Tensor]:
 
 
 class Memo:
-    """Results per item index, kept on the CPU up to `limit` items (oldest out first). compute(items) gives a tensor [n, ...] or a dict of them."""
+    """Results per item index, kept on the CPU up to `limit` items and `most` bytes (oldest out first). compute(items) gives a tensor [n, ...]
+    or a dict of them."""
 
-    def __init__(self, compute: Callable[[list[int]], Tensor | dict[str, Tensor]], limit: int = 100_000):
-        self.compute, self.limit, self.kept = compute, limit, OrderedDict()
+    def __init__(self, compute: Callable[[list[int]], Tensor | dict[str, Tensor]], limit: int = 100_000, most: int = 4 * 2**30):
+        self.compute, self.limit, self.most, self.bytes, self.kept = compute, limit, most, 0, OrderedDict()
 
     def __call__(self, index: Tensor) -> Tensor | dict[str, Tensor]:
         wanted = index.tolist()
@@ -328,10 +346,11 @@ class Memo:
             with torch.no_grad():
                 made = self.compute(missing)
             fields = made if isinstance(made, dict) else {"": made}
-            fresh = {i: {k: v[j].cpu() for k, v in fields.items()} for j, i in enumerate(missing)}
+            fresh = {i: {k: v[j].cpu().clone() for k, v in fields.items()} for j, i in enumerate(missing)}
         rows = [fresh[i] if i in fresh else self.kept[i] for i in wanted]
         out = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
         self.kept.update(fresh)
-        while len(self.kept) > self.limit:
-            self.kept.popitem(last=False)
+        self.bytes += sum(map(size, fresh.values()))
+        while len(self.kept) > self.limit or self.bytes > self.most:
+            self.bytes -= size(self.kept.popitem(last=False)[1])
         return out.get("", out)

@@ -49,5 +49,10 @@ class CogVideoX(FlowVideo):
         prompt, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.length, device=self.module.device)
         return {"prompt": prompt.float()}
 
+    @torch.no_grad()
+    def encode(self, clips):
+        vae = self.pipe.vae
+        return vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float() * self.pipe.vae_scaling_factor_image
+
     def decode_video(self, x):
         return self.pipe.decode_latents(x.transpose(1, 2).to(self.pipe.vae.dtype))

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import data as datasets_
+from ..data.feed import Pictures
+from ..data.spec import parse
 from ..errors import UserError
-from .base import Blocks, Examples, Latent, Memo, Source
+from .base import Blocks, Examples, Latent, Source
 from .sd import variance_preserving
 
 NULL = 1000
@@ -44,11 +45,14 @@ class DiT(Blocks, Latent):
     def batches(self, images=False):
         if not images:                        # labels are all a data-free method needs
             return Source(NULL * 100, lambda index: self._conditions(index % NULL))
-        pixels, table = datasets_.load(self.data, self.shape[-1] * self.scale, 3)
-        if "label" not in table.column_names:
-            raise UserError(f"--data {self.data} has no column `label` (0 to {NULL - 1}) beside its images: it has {', '.join(table.column_names)}")
-        label, latents = torch.tensor(table["label"]), Memo(lambda i: self.encode(pixels[i]))
-        return Source(len(pixels), lambda index: self._conditions(label[index]) | {"x0": latents(index)})
+        if parse(self.data).stream:
+            raise UserError(f"the {self.family} family reads labelled pictures as a whole: drop ?stream=yes from --data")
+        pictures = Pictures(self, parse(self.data), "label")
+
+        def get(index):
+            label, x0 = pictures(index.tolist())
+            return self._conditions(torch.tensor(label)) | {"x0": x0}
+        return Source(pictures.n, get)
 
     def examples(self, n, seeds=1):
         label = (torch.arange(n) * 97).remainder(NULL).repeat_interleave(seeds)       # spread over the classes

@@ -124,10 +124,11 @@ class FlowVideo(Flow):
         time, space = (getattr(self.pipe, name) for name in self.factors)
         return {"num_frames": (self.shape[1] - 1) * time + 1, "height": self.shape[2] * space, "width": self.shape[3] * space}
 
-    def batches(self, images=False):
-        if images:
-            raise UserError(f"video files are not read yet: methods that need clips do not work with {self.name}; use a data-free one such as dmd or reflow")
-        return super().batches()
+    any_size = False
+
+    def encode(self, clips: Tensor) -> Tensor:
+        """Clips [B, 3, F, H, W] in [-1, 1] to scaled latents (mode): what `decode_video` turns back."""
+        raise NotImplementedError
 
     def frames(self, x: Tensor) -> Tensor:
         """Samples [B, C, F, H, W] to videos [B, F', 3, H', W'] in [-1, 1]."""

@@ -34,6 +34,12 @@ class LTX(FlowVideo):
         prompt, mask, _, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=self.length, device=self.module.device)
         return {"prompt": prompt.float(), "mask": mask}
 
+    @torch.no_grad()
+    def encode(self, clips):
+        vae = self.pipe.vae
+        z = vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        return self.pipe._normalize_latents(z, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+
     def decode_video(self, x):
         vae = self.pipe.vae
         z = self.pipe._denormalize_latents(x, vae.latents_mean, vae.latents_std, vae.config.scaling_factor).to(vae.dtype)

@@ -99,6 +99,9 @@ class Video(Backbone):
 
     def make(self, role: str, *, layout: Layout | None = None, lora: int = 0, init: str = "", gradient_checkpointing: bool = False) -> Denoiser:
         """See Backbone.make. layout: make it a causal net (see rollout_causal); without one it is bidirectional, as the teacher."""
+        if layout is not None and self.shape[0] < layout.chunk:
+            raise UserError(f"a clip of {self.name} has {self.shape[0]} latent frames, fewer than one chunk of {layout.chunk}: "
+                            f"choose --chunk {self.shape[0]} or less, or a teacher of longer clips")
         if layout is not None and self.shape[0] % layout.chunk:
             raise UserError(f"{self.shape[0]} frames are no whole number of chunks of {layout.chunk}: choose --chunk among its divisors")
         net = super().make(role, lora=lora, init=init, gradient_checkpointing=gradient_checkpointing)

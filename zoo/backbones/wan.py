@@ -54,6 +54,13 @@ class Wan(FlowVideo):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(x) for v in (vae.config.latents_mean, vae.config.latents_std))
         return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0]
 
+    @torch.no_grad()
+    def encode(self, clips):
+        vae = self.pipe.vae
+        z = vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(z) for v in (vae.config.latents_mean, vae.config.latents_std))
+        return (z - mean) / std
+
     def causal(self) -> Video:
         """The same pipeline as the family of causal students, frames first."""
         model = Video.__new__(Video)

@@ -4,7 +4,8 @@
     pixels, table = load(table, 64, 3)             # [N, 3, 64, 64] in [-1, 1] and the rows they belong to
     captions = prompts("prompts.txt")              # or anything `open_dataset` reads that has captions
 
-A set is a `datasets.Dataset` with a column `image` and, where known, `caption` and `label`.
+A set is a `datasets.Dataset` with a column `image` and, where known, `caption` and `label`. What else a place may be and be told
+(streams, shards, columns, buckets) is in `spec`; how items are encoded and kept for training in `feed` and `cache`.
 """
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoo.errors import UserError
+
+from .spec import Spec, parse
+from .tally import Tally
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,8 +74,8 @@ BUILT_IN: dict[str, Callable[..., Dataset]] = {"emoji": emoji, "fashion": fashio
 
 
 # ------------------------------------------------------------------------------ the user's own
-def open_dataset(spec: str | Path) -> Dataset:
-    """A set of images by name, as a `datasets.Dataset` with `image` and, where known, `caption` and `label`.
+def open_dataset(spec: str | Path, column: str = "image") -> Dataset:
+    """A set of images by name, as a `datasets.Dataset` with `image` and, where known, `caption` and `label`; or of clips, with `video`.
 
     spec: "emoji", "fashion" or "avatars", with a split as in "fashion:test"; a folder of images; a parquet,
     jsonl or csv file whose column `image` holds pictures or paths relative to the file; or a Hub id
@@ -79,12 +83,20 @@ def open_dataset(spec: str | Path) -> Dataset:
     file_name and caption) or from a .txt file beside each image, labels from the first level of subfolders.
     Raises UserError when there is nothing to read or no images in it.
     """
-    table = _table(spec)
-    if "image" not in table.column_names:
-        raise UserError(f"{spec} has no column `image`: it has {', '.join(table.column_names)}")
+    table = _table(spec, column)
+    if column not in table.column_names:
+        raise UserError(f"{spec} has no column `{column}`: it has {', '.join(table.column_names)}")
     if not len(table):
-        raise UserError(f"{spec} holds no images: point to a folder or file with at least one")
+        raise UserError(f"{spec} holds no {column}s: point to a folder or file with at least one")
     return table
+
+
+def is_local(place: str | Path) -> bool:
+    """Whether a place is a built-in set or something on this machine (also a file that is missing), rather than a Hub id."""
+    name = str(place).partition(":")[0]
+    path = Path(str(place))
+    file = path.suffix in TABLE_TYPES | IMAGE_TYPES | {".txt", ".json", ".tar"}
+    return name in BUILT_IN or path.exists() or file or name.count("/") != 1 or name.startswith((".", "/", "~"))
 
 
 def prompts(spec: str | Path) -> list[str]:
@@ -100,7 +112,11 @@ def prompts(spec: str | Path) -> list[str]:
             raise UserError(f"{spec} has no column {' or '.join(CAPTIONS)}: "
                             f"it has {', '.join(table.column_names) or 'none'}")
         lines = table["caption"]
-    found = [line.strip() for line in lines if line and line.strip()]
+        tally = Tally(f"prompts of {spec}", len(table))
+        for i, line in enumerate(lines):
+            if line is not None and not isinstance(line, str):
+                tally.skip(i, f"row {i}: {line!r:.40}", "no text")
+    found = [line.strip() for line in lines if isinstance(line, str) and line.strip()]
     if not found:
         raise UserError(f"{spec} holds no prompts: write one a line (.txt) or fill its column `caption`")
     return found
@@ -124,6 +140,8 @@ def load(data: Dataset | str | Path, size: int, channels: int = 3) -> tuple[Tens
     from datasets import Image
 
     table = data if hasattr(data, "column_names") else open_dataset(data)
+    if table is not data and (parse(data).buckets or parse(data).stream):
+        raise UserError(f"this family reads its pictures as a whole and at one size: drop ?buckets=yes and ?stream=yes from {data}")
     rows = table.select_columns("image").cast_column("image", Image(decode=False))
     pixels = np.empty((len(rows), size, size, channels), np.uint8)
     good, bad = [], []
@@ -143,11 +161,13 @@ def load(data: Dataset | str | Path, size: int, channels: int = 3) -> tuple[Tens
     return flat.float().div_(127.5).sub_(1), table.select(good) if bad else table
 
 
-def _decode(entry: dict, size: int, channels: int):
+def _decode(entry: dict, size: int | tuple[int, int], channels: int):
+    """uint8 [H, W, channels]; size: of the square, or (H, W)."""
     import numpy as np
     import PIL.Image
     from PIL import ImageOps
 
+    height, width = size if isinstance(size, tuple) else (size, size)
     with PIL.Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] else entry["path"]) as image:
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
@@ -155,28 +175,58 @@ def _decode(entry: dict, size: int, channels: int):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
     w, h = image.size
-    if 7 * size <= 8 * min(w, h) and max(w, h) <= size:
-        small, image = image, PIL.Image.new(image.mode, (size, size), "black" if channels == 1 else "white")
-        image.paste(small, ((size - w) // 2, (size - h) // 2))
+    if w <= width and h <= height and 7 * width <= 8 * w and 7 * height <= 8 * h:
+        small, image = image, PIL.Image.new(image.mode, (width, height), "black" if channels == 1 else "white")
+        image.paste(small, ((width - w) // 2, (height - h) // 2))
     else:
-        image = ImageOps.fit(image, (size, size), PIL.Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(size, size, channels)
+        image = ImageOps.fit(image, (width, height), PIL.Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(height, width, channels)
 
 
 # ------------------------------------------------------------------------------ reading tables
-def _table(spec: str | Path) -> Dataset:
-    name, _, split = str(spec).partition(":")
+def _table(spec: str | Path, column: str = "image") -> Dataset:
+    known = parse(spec)
+    table = _inner(_place(known, column), known.caption)
+    for what, asked in (("caption", known.caption), (column, known.image if column == "image" else known.video)):
+        found = asked in table.column_names or what == "caption" == _usual(table) and (asked in CAPTIONS or "." in asked)
+        if asked and not found:
+            raise UserError(f"{known.place} has no column {asked} for the {what}: it has {', '.join(table.column_names)}")
+        if asked and asked in table.column_names and asked != what:
+            table = (table.remove_columns(what) if what in table.column_names else table).rename_column(asked, what)
+    return table
+
+
+def _usual(table: Dataset) -> str:
+    return "caption" if "caption" in table.column_names else ""
+
+
+def _inner(table: Dataset, asked: str) -> Dataset:
+    """With the caption that stands inside a column of objects: `asked` as column.key, or the usual keys where no column has one."""
+    from .streams import field
+    inside = [f"{k}.{c}" for k, kind in table.features.items() if isinstance(kind, dict) for c in kind]
+    usual = [name for name in inside if name.partition(".")[2] in CAPTIONS]
+    name = asked if asked in inside else usual[0] if usual and not asked and not _usual(table) else ""
+    if not name:
+        return table
+    captions = [field(row, name) for row in table.select_columns(name.partition(".")[0])]
+    return (table.remove_columns("caption") if _usual(table) else table).add_column("caption", captions)
+
+
+def _place(spec: Spec, column: str) -> Dataset:
+    place = spec.place
+    name, _, split = place.partition(":")
     if name in BUILT_IN:
         return BUILT_IN[name](split) if split else BUILT_IN[name]()
-    path = Path(spec)
+    path = Path(place)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, column)
     if path.suffix in TABLE_TYPES:
-        return _file(path)
-    file = path.suffix in IMAGE_TYPES | {".txt", ".json"}
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or file:
-        raise UserError(f"no data at {str(spec)!r}: give {', '.join(BUILT_IN)}, a folder of images, "
-                        "a parquet, jsonl or csv file, or a Hub id such as user/name")
+        return _file(path, spec)
+    if path.suffix == ".tar":
+        return _shards(spec)
+    if is_local(place):
+        raise UserError(f"no data at {place!r}: give {', '.join(BUILT_IN)}, a folder of images, a parquet, jsonl or csv file, "
+                        "shards such as path/{000..010}.tar, or a Hub id such as user/name")
     return _hub(name, split or "train")
 
 
@@ -200,18 +250,17 @@ def _rows(path: Path) -> list[dict]:
     text = _text(path, "data file")
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(dict(json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not a JSON object: "
-                                "write one {...} a line") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    rows, tally = [], Tally(f"lines of {path}", len(lines))
+    for number, line in lines:
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            tally.skip(number, f"line {number}", "not a JSON object: write one {...} a line")
     return rows
 
 
-def _file(path: Path) -> Dataset:
+def _file(path: Path, spec: Spec) -> Dataset:
     from datasets import Dataset, Image, Value
 
     if not path.is_file():
@@ -225,22 +274,36 @@ def _file(path: Path) -> Dataset:
     else:
         table = Dataset.from_list(_rows(path))
     table = _named(table)
-    if "image" in table.column_names and not isinstance(table.features["image"], Image):
-        if table.features["image"] == Value("string"):  # paths, relative to the file unless absolute
-            paths = [str(path.parent / p) if p else None for p in table["image"]]
-            table = table.remove_columns("image").add_column("image", paths)
-        table = table.cast_column("image", Image())
+    for column in {"image", "video", spec.image, spec.video} & set(table.column_names):
+        if table.features[column] == Value("string"):  # paths, relative to the file unless absolute
+            paths = [str(path.parent / p) if p else None for p in table[column]]
+            table = table.remove_columns(column).add_column(column, paths)
+        if column in ("image", spec.image) and not isinstance(table.features[column], Image):
+            table = table.cast_column(column, Image())
     return table
 
 
-def _folder(folder: Path) -> Dataset:
+def _shards(spec: Spec) -> Dataset:
+    """Tar shards as a whole: what `datasets` unpacks of them into its own cache."""
+    from datasets import load_dataset
+    files = [str(p) for p in spec.shards]
+    try:
+        table = load_dataset("webdataset", data_files={"train": files}, split="train")
+    except Exception as error:
+        raise UserError(f"{spec.place} could not be unpacked ({type(error).__name__}: {error}".splitlines()[0] + "): check the shards") from error
+    return _named(_pictured(table))
+
+
+def _folder(folder: Path, column: str = "image") -> Dataset:
     from datasets import ClassLabel, Dataset, Image
 
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_TYPES and p.is_file())
+    from .clips import VIDEO_TYPES
+    types = IMAGE_TYPES if column == "image" else VIDEO_TYPES
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in types and p.is_file())
     if not files:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_TYPES))}): "
+        raise UserError(f"{folder} holds no {column}s ({', '.join(sorted(types))}): "
                         "point to a folder with at least one")
-    columns = {"image": [str(p) for p in files]}
+    columns = {column: [str(p) for p in files]}
     metadata = next((folder / n for n in ("metadata.jsonl", "metadata.csv") if (folder / n).is_file()), None)
     names = sorted({p.relative_to(folder).parts[0] for p in files if p.parent != folder})
     if metadata:
@@ -250,11 +313,12 @@ def _folder(folder: Path) -> Dataset:
                             f"relative to {folder}")
         known = {str(folder / row.pop("file_name")): row for row in rows}
         for key in dict.fromkeys(k for row in known.values() for k in row):
-            columns[key] = [known.get(p, {}).get(key) for p in columns["image"]]
+            columns[key] = [known.get(p, {}).get(key) for p in columns[column]]
     elif any(p.with_suffix(".txt").is_file() for p in files):
         texts = (p.with_suffix(".txt") for p in files)
         columns["caption"] = [_text(t, "caption file").strip() if t.is_file() else None for t in texts]
-    table = _named(Dataset.from_dict(columns).cast_column("image", Image()))
+    table = _named(Dataset.from_dict(columns))
+    table = table.cast_column("image", Image()) if column == "image" else table
     if "label" not in table.column_names and names and all(p.parent != folder for p in files):
         labels = [names.index(p.relative_to(folder).parts[0]) for p in files]
         table = table.add_column("label", labels).cast_column("label", ClassLabel(names=names))
@@ -262,19 +326,24 @@ def _folder(folder: Path) -> Dataset:
 
 
 def _hub(name: str, split: str) -> Dataset:
-    from datasets import Image, load_dataset
+    from datasets import load_dataset
     try:
         table = load_dataset(name, split=split)
     except Exception as error:  # offline, private, misspelt, unknown split: the remedy is the same
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"no data at {name!r}: it is no folder or file here, and the Hub set could not be loaded "
                         f"({reason}); check the path or id, its split (user/name:split) and the network") from error
+    return _named(_pictured(table))
+
+
+def _pictured(table: Dataset) -> Dataset:
+    from datasets import Image
     if "image" not in table.column_names:
         pictures = [k for k, feature in table.features.items() if isinstance(feature, Image)]
         table = table.rename_column(pictures[0], "image") if pictures else table
-    return _named(table)
+    return table
 
 
 def _named(table: Dataset) -> Dataset:
-    caption = next((c for c in CAPTIONS if c in table.column_names), "caption")
+    caption = next((c for c in (*CAPTIONS, "txt") if c in table.column_names), "caption")
     return table if caption == "caption" else table.rename_column(caption, "caption")

@@ -35,7 +35,7 @@ BUILT_IN = {   # teacher -> licence, base_model, and the notices its training da
 }
 # Of what a run knows, this is kept in the folder.
 KEPT = ("method", "command", "measured", "space", "samples", "seconds", "steps", "calls", "device", "chain", "prompts", "texts", "exported_step", "trained",
-        "peak_memory_gb", "downstream")
+        "peak_memory_gb", "downstream", "report")
 
 
 def write_card(folder: Path, model, facts: dict) -> None:
@@ -88,6 +88,9 @@ def _gather(folder, model, facts: dict) -> dict:
              "data_id": str(data) if data and _hub_id(str(data)) else None, "seed": config.get("seed"), "stock": hasattr(model, "pipe"),
              "lora_loads": hasattr(getattr(model, "pipe", None), "load_lora_weights") or None, "pipeline": _index(folder).get("_class_name"),
              "stock_guidance": getattr(model, "stock_guidance", None), "versions": _versions()}
+    if getattr(model, "style", None) is not None:
+        known["teacher_lora"] = style = model.style.facts() | {"license": _style_license(model.style)}
+        known["license"] = _both(known["license"], style["license"])
     return kept | {k: v for k, v in known.items() if v is not None}
 
 
@@ -134,6 +137,20 @@ def _license(model) -> dict:
     if data.get("license") in LICENSES - {"unknown"}:
         return {k: data[k] for k in ("license", "license_name", "license_link") if data.get(k)}
     return {"license": "other", "license_name": "as-the-teacher"}
+
+
+def _style_license(style) -> dict:
+    """What the card of the style LoRA says; {} when it says nothing."""
+    data = _teacher_card(str(style.file.parent), style.repo)
+    return {k: data[k] for k in ("license", "license_name", "license_link") if data.get(k)} if data.get("license") in LICENSES - {"unknown"} else {}
+
+
+def _both(base: dict, style: dict) -> dict:
+    """One licence for what was made of two: theirs where they agree, else `other` naming both, so that the stricter is not lost."""
+    if base == style:
+        return base
+    name = lambda terms: str(terms.get("license_name") or terms.get("license") or "unstated")
+    return {"license": "other", "license_name": re.sub(r"[^\w.+-]+", "-", f"{name(base)}-and-{name(style)}").lower()}
 
 
 def _teacher_card(folder: str, name: str) -> dict:
@@ -202,7 +219,9 @@ def _metadata(folder: Path, contract: Contract, record: dict, facts: dict) -> di
     if task:
         data["pipeline_tag"] = task
     if facts.get("base_model"):
-        data |= {"base_model": facts["base_model"], "base_model_relation": "adapter" if record["lora_rank"] else "finetune"}
+        style = (facts.get("teacher_lora") or {}).get("repo")
+        data |= {"base_model": [facts["base_model"], style] if style else facts["base_model"],
+                 "base_model_relation": "adapter" if record["lora_rank"] else "finetune"}
     if facts.get("data_id"):
         data["datasets"] = [facts["data_id"]]
     data |= {"tags": tags, "inference": False}
@@ -279,6 +298,10 @@ def _stock_arguments(contract: Contract, k: int, guided: bool) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in said.items())
 
 
+# Stock pipelines that draw their first noise with `generator` and do not hand it to the scheduler, which then draws from torch's own.
+KEEPS_GENERATOR = "StableDiffusion3|Flux|Qwen|ZImage|Wan|LTX|DiT"
+
+
 def _first(contract: Contract, record: dict, facts: dict) -> list[str]:
     """Where a stock pipeline samples wrongly without saying so: what must be read before the first call."""
     if not facts.get("stock") or contract.sampler in ("unmask", "causal"):
@@ -291,7 +314,7 @@ def _first(contract: Contract, record: dict, facts: dict) -> list[str]:
     elif not contract.raises:
         lines.append(f"the stock pipeline accepts any number of steps, and only {_few(contract)} were trained: "
                      f"pass `{_stock_arguments(contract, most, False)}`")
-    if contract.scheduler in FLOW and contract.sampler != "ode" and not re.match("Sana|PixArt", facts.get("pipeline") or ""):
+    if contract.sampler in ("renoise", "jump", "tcd") and re.match(KEEPS_GENERATOR, facts.get("pipeline") or ""):
         lines.append("it draws fresh noise at every step, and this stock pipeline does not pass `generator` on to it: "
                      "for a repeatable picture call `torch.manual_seed` besides")
     if contract.scheduler == "TCDScheduler":
@@ -367,15 +390,16 @@ def _body(folder: Path, contract: Contract, record: dict, facts: dict) -> str:
         parts.append(f"```text\n{str(facts['texts']).rstrip().replace('```', chr(39) * 3)}\n```")
     if facts.get("measured"):
         parts.append(_measured(facts, unmask))
+    if facts.get("report"):
+        parts.append("## Go or no-go\n\n" + verdict(facts["report"]))
     parts.append(_contract_part(contract, facts, unmask))
     parts += _use(folder, contract, record, facts, place, most, prompts[0], teacher_name)
-    if facts.get("downstream"):
-        parts.append("## Beyond the plain call\n\nMeasured on the exported folder with stock pipelines; `distance` is the mean absolute difference "
-                     "(pictures in [0, 1]) to the teacher's many-step result of the same call, on the same noise. `refused`: so few steps leave none of "
-                     "that strength, and the stock call raises. ControlNet and IP-Adapter: not measured.\n\n" + _table(facts["downstream"]))
+    if facts.get("teacher_lora"):
+        parts.append(_styled(contract, record, facts, place, most, prompts[0]))
+    parts += _downstream(facts)
     parts.append(_training(facts))
     notice = BUILT_IN.get(teacher_name, (0, 0, "The teacher's own; see its card."))[2]
-    kept = [n for n in ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "safety_checker") if (folder / n).exists()]
+    kept = [n for n in ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md", "safety_checker") if (folder / n).exists()]
     parts.append(f"## Data and attribution\n\n{notice}" + (f" Distilled on {code(facts['data'])}." if facts.get("data") else "")
                  + (f" Kept from the teacher: {', '.join(f'`{n}`' for n in kept)}." if kept else ""))
     parts.append("## Limitations\n\nIt inherits what the teacher cannot do and what its data lacks, and it is less varied than many-step sampling. "
@@ -393,9 +417,48 @@ def _head(contract, record, facts, teacher_name, folds) -> str:
     title = f"# {plain(facts['title'])}\n\n"
     if first:
         title += "> **Read this first.** With stock diffusers " + "; ".join(first) + ".\n\n"
-    return (title + f"A student of {_few(contract)} steps distilled" + (f" by `{facts['method']}`" if facts.get("method") else "") + f" from {teacher}"
+    style = facts.get("teacher_lora")
+    with_style = f" with the style LoRA {code(style['name'])} at scale {style['scale']:g}" if style else ""
+    by = f" by `{facts['method']}`" if facts.get("method") else ""
+    return (title + f"A student of {_few(contract)} steps distilled{by} from {teacher}{with_style}"
             + (f"; a LoRA of rank {record['lora_rank']}" if record["lora_rank"] else "") + ".\n"
             + "\n".join(f"- {line}" for line in _how(contract, record, facts, folds)))
+
+
+def verdict(report: dict) -> str:
+    """The verdict of the run and what it rests on; prompts are somebody else's text."""
+    lines = [f"- {name}: {'yes' if part['ok'] else 'no'}; {plain(part['text'])}" for name, part in report["parts"].items()]
+    lines += [f"- stacking: not measured, {plain(report['stacked'])}"] if report.get("stacked") else []
+    return f"**{plain(report['verdict'].split(':')[0])}**\n\n" + "\n".join(lines) + f"\n\n{plain(report['rule'])}"
+
+
+def _styled(contract, record, facts, place, most, prompt) -> str:
+    """What the style LoRA of the teacher is in this student, and how the two are used together."""
+    style, said = facts["teacher_lora"], "the card of the LoRA states no licence"
+    if style.get("license"):
+        said = f"the LoRA's licence: {plain(style['license'].get('license_name') or style['license']['license'])}"
+    parts = ", ".join(f"`{p}`" for p in style["parts"])
+    head = f"## The style LoRA\n\nThe teacher was its base model with {code(style['name'])} added to its weights ({parts}) {style['scale']:g} times; {said}. "
+    if not record["lora_rank"]:
+        return head + "This student has full weights, and the style is part of them: do not load the LoRA again."
+    if not (facts.get("lora_loads") and facts.get("stock")) or record["slot"]:
+        return head + "The fused folder holds base, style and student: do not load the LoRA again."
+    base = facts.get("base_model") or "path/to/teacher"
+    where = f'"{style["repo"]}"' if style.get("repo") else '"path/to/folder"'
+    call = ", ".join(f"{k}={v!r}" for k, v in (contract.stock_call(most) | {"guidance_scale": contract.stock_call(most).get("guidance_scale", 1)}).items())
+    return head + f"""The fused folder holds base, style and student: do not load the LoRA on it again. `{LORA_WEIGHTS}` holds the student alone, without the
+style: on the plain base it makes few steps of the base's own look (it was not trained for that), and with the style on top it is exactly the trained student:
+
+```python
+from diffusers import DiffusionPipeline, {contract.scheduler}
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights({where}, weight_name="{style['file']}", adapter_name="style")
+pipe.load_lora_weights("{place}", weight_name="{LORA_WEIGHTS}", adapter_name="student")
+pipe.set_adapters(["style", "student"], [{style['scale']:g}, {contract.lora_scale:g}])        # the first number is yours to change
+pipe.scheduler = {contract.scheduler}.from_pretrained("{place}", subfolder="scheduler")
+image = pipe({json.dumps(prompt, ensure_ascii=False)}, {call}).images[0]
+```"""
 
 
 def _measured(facts, unmask) -> str:
@@ -408,6 +471,34 @@ def _measured(facts, unmask) -> str:
     return (f"## Measured\n\n{_table(facts['measured'])}\n\n{note}a guided teacher step is two network calls. `conditional_kid_*` is the kernel "
             "distance, prompt by prompt, "
             f"to the teacher's many-step samples in the named feature space (lower is better; low and high are its interval); it is not FID.{diversity}{on}")
+
+
+# What `zoo.hub.downstream` measures, in the order of its rows.
+MEASURES = {
+    "distance": "mean absolute difference (pictures in [0, 1]) to the teacher's many-step result; lower is better",
+    "follows": "cosine between what the LoRA changes in these pictures and what it changes in the teacher's many-step ones; 1 is alike, 0 is nothing",
+    "in style": "share of the way from the plain picture into the LoRA's style; 1 is wholly in it",
+    "overlap": "intersection over union of the picture's silhouette and its control; 1 is exact; `student without it` is the same call at scale 0",
+    "found": "share of pictures nearest to the picture that stands in for words, among all of them; `student without it` is the same call at scale 0, "
+             "which is chance",
+}
+NO_USES = {"ConsistencyModelPipeline": "stock diffusers has no image to image, LoRA, ControlNet or IP-Adapter for it"}
+
+
+def _downstream(facts: dict) -> list[str]:
+    """The section on uses besides the plain call; empty where nothing is known."""
+    rows, title = facts.get("downstream") or [], "## Beyond the plain call\n\n"
+    if not rows:
+        none = NO_USES.get(facts.get("pipeline") or "")
+        return [f"{title}The student is a {facts['pipeline']}: {none}."] if none else []
+    used = {r.get("measure") for r in rows}
+    said = "".join(f"\n- `{name}`: {what}." for name, what in MEASURES.items() if name in used)
+    refused = " `refused`: so few steps leave none of that strength, and the stock call raises." if any("refused" in r.values() for r in rows) else ""
+    names = {"distance": "image to image", "follows": "style LoRA", "overlap": "ControlNet", "found": "IP-Adapter"}
+    left = [use for name, use in names.items() if name not in used]
+    adapters = " The adapters were trained on the teacher and never saw the student." if used & {"follows", "overlap", "found"} else ""
+    head = "Measured on the exported folder with stock pipelines, the same call on the same noise for all."
+    return [f"{title}{head}{adapters}{refused}\n{said}\n\n{_table(rows)}" + (f"\n\nNot measured: {', '.join(left)}." if left else "")]
 
 
 def _contract_part(contract, facts, unmask) -> str:

@@ -202,6 +202,19 @@ def flow_shift(knots: tuple[float, ...]) -> float | None:
     return (round(s) if abs(s - round(s)) < 1e-6 else s) if fits else None
 
 
+def stretched_shift(s: float, k: int) -> float:
+    """The shift z with which k steps of a flow scheduler's own grid, linspace(1, z(0.001), k), shifted by z and stretched to end at the last
+    knot, are the knots s u / (1 + (s - 1) u) at u = 1 ... 1/k. Of both, 1 - sigma is i / (1 - c i) up to a factor in step number i, with
+    c = (1 - 1/s) / k for the knots and (1 - 1/z) (1 - e) / (k - 1) for the grid that ends at e; z follows from equal c."""
+    if s == 1 or k == 1:
+        return float(s)
+    z = s
+    for _ in range(50):
+        e = 0.001 * z / (1 + 0.001 * (z - 1))
+        z = 1 / (1 - (1 - 1 / s) * (k - 1) / (k * (1 - e)))
+    return z
+
+
 def pipeline_grid(pipe) -> str:
     """ "pipeline" when the class of a stock flow pipeline hands linspace(1, 1/k, k) to its scheduler (Flux, Qwen-Image, Z-Image ...), else
     "scheduler" (SD3, Sana, Wan, PixArt): read from its source, so that a class this package has not heard of is right too."""
@@ -215,7 +228,7 @@ def _served(knots: dict, rule: Sampler, pipe) -> dict:
     """The largest step count alone where the pipeline makes its own grid and takes no sigmas (Wan): only one can then be right by configuration."""
     import inspect
     most = max(knots)
-    alone = (rule != "ode" and pipeline_grid(pipe) == "scheduler" and flow_shift(knots[most]) == 1
+    alone = (rule != "ode" and pipeline_grid(pipe) == "scheduler" and flow_shift(knots[most]) is not None
              and "sigmas" not in inspect.signature(type(pipe).__call__).parameters)
     return {most: knots[most]} if alone else knots
 
@@ -230,8 +243,8 @@ def _flow_terms(knots: dict, rule: Sampler, pipe) -> dict:
         return {"scheduler": name, "shift": float(shift), "grid": grid}
     if rule == "ode" and grid == "scheduler" and shift is not None:
         return {"scheduler": "FlowMapEulerDiscreteScheduler", "shift": float(shift)}
-    if shift == 1 and list(knots) == [most]:          # one step count on an even grid: stretched to end at 1/k
-        return {"scheduler": name}
+    if shift is not None and list(knots) == [most]:   # one step count: the scheduler's own grid, stretched to end at the last knot
+        return {"scheduler": name, "shift": stretched_shift(shift, most)}
     if "sigmas" not in inspect.signature(type(pipe).__call__).parameters:
         raise UserError(f"{type(pipe).__name__} takes no sigmas, and no stock configuration samples {list(knots)} steps at {knots[most]} by the rule {rule}: "
                         "train one step count evenly spaced from 1, or open the student with zoo.load")
@@ -254,7 +267,7 @@ def contract_for(model, times, rule: Sampler = "renoise", process: Process | Non
         raise UserError(f"rule {rule} with eta {eta}: the rule tcd needs one in [0, 1], the others none")
     if process is not None and process is not model.process and rule != "jump":
         times = model.process.time(process.angle(torch.as_tensor(list(times), dtype=torch.float64))).tolist()
-    prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(model.pred, model.pred)
+    prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "velocity"}.get(model.pred, model.pred)
     knots = knots_for(times, model.process, rule, multiple_of)
     terms = {"scheduler": SCHEDULERS[rule], "call": {k: {"eta": eta} for k in knots} if eta is not None else {}}
     stock_flow = isinstance(model.process, RectifiedFlow) and hasattr(model, "pipe") and rule in ("renoise", "jump", "ode")

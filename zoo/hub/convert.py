@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .contract import Contract
+from .export import NOTICES
 from .record import LORA_WEIGHTS, RECORD
 
 KINDS = ("lora", "fused", "comfyui", "single-file", "fp8")
@@ -128,7 +129,7 @@ def _save(student: _Student, pipe, out: Path) -> None:
     """A whole folder of the stock class, with the contract's record beside it where there is one."""
     pipe.save_pretrained(out, safe_serialization=True, max_shard_size="100GB")
     if student.folder:
-        for name in (RECORD, "LICENSE", "NOTICE"):
+        for name in (RECORD, *NOTICES):
             if (student.folder / name).exists():
                 shutil.copyfile(student.folder / name, out / name)
         if (out / RECORD).exists():
@@ -254,6 +255,12 @@ def _kohya(student: _Student, out: Path) -> dict:
     save_file({k: v.contiguous() for k, v in kohya.items()}, path, {"format": "pt", "ss_network_module": "networks.lora"} | _terms_note(student))
     pipe = _teacher(student)
     pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    read = {name for name, module in pipe.unet.named_modules() if hasattr(module, "lora_A")}
+    lost = sorted({k.removeprefix("unet.").split(".lora_")[0] for k in state} - read)
+    if lost:
+        path.unlink()
+        raise UserError(f"kohya's names do not reach {', '.join(lost[:3])} of a {student.kind}, which this LoRA changes: export its whole UNet, "
+                        "with --to fused and then --to comfyui of that folder")
     pipe.scheduler = student.pipe.scheduler
     return {"maximum_error": student.error(pipe), "file": path.name, "sampler": _terms_note(student)["fewstep"]}
 

@@ -1,16 +1,20 @@
-"""What people do with a student besides the plain call, measured on the exported folder with stock pipelines: image to image, and a LoRA
-made for its teacher.
+"""What people do with a student besides the plain call, measured on the exported folder with stock pipelines: image to image, and a LoRA,
+a ControlNet and an IP-Adapter made for its teacher.
 
     python -m zoo.hub.downstream outputs/dmd-emoji/student                       # image to image
-    python -m zoo.hub.downstream outputs/dmd-emoji/student --lora style.safetensors
+    python -m zoo.hub.downstream outputs/dmd-emoji/student --lora style.safetensors --controlnet FOLDER --ip_adapter FOLDER
 
-The rows are kept in the folder's record and shown on its card."""
+Every row compares one call of three: the student, the teacher with as few steps, the teacher with many; on the same noise. The rows are
+kept in the folder's record and shown on its card."""
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 from ..errors import UserError
 from .card import refresh
@@ -18,85 +22,259 @@ from .record import RECORD, read_record
 
 STRENGTHS = (0.5, 0.75)
 SCALES = (0.5, 1.0)
-MANY = 25            # teacher steps of the reference
-SEEDS = 8
+MANY = 25                                    # teacher steps of the reference
+SEEDS = 4
+IP_WEIGHTS = "ip_adapter.safetensors"        # in the folder of an IP-Adapter, beside image_encoder/
+REFUSED = "refused"
 
 
-def measure(folder: str | Path, teacher: str | Path, prompts: list[str], guidance: float, lora: str | Path = "", device: str = "cpu") -> list[dict]:
-    """Rows of uses at each step count of the student: `distance` to the teacher's many-step result of the same call on the same noise (mean
-    absolute difference of pictures in [0, 1]) beside that of the teacher with as few steps, or why the stock pipeline refuses.
+@dataclass(frozen=True)
+class Adapters:
+    """What was made for the teacher. lora: a safetensors file in the stock layout, or "" (so are all); controlnet: folder of a ControlNetModel
+    whose control is the silhouette of a picture on white; ip_adapter: folder of IP_WEIGHTS and image_encoder/ (CLIPVisionModelWithProjection);
+    style: distance of pictures [..., H, W, 3] from the LoRA's style, 0 for a picture that is in it."""
+    lora: str | Path = ""
+    controlnet: str | Path = ""
+    ip_adapter: str | Path = ""
+    style: Callable | None = None
 
-    teacher: its stock folder or Hub id; lora: a LoRA file made for the teacher, at scales 0.5 and 1: `follows` is the cosine between what it
-    changes in the student's pictures and in the teacher's. Raises UserError for a student that is no Stable Diffusion pipeline."""
-    from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPipeline
+    def check(self) -> None:
+        wanted = {"lora": ("", "a safetensors file"), "controlnet": ("config.json", "a ControlNetModel folder"),
+                  "ip_adapter": (IP_WEIGHTS, f"a folder of {IP_WEIGHTS} and image_encoder/")}
+        for flag, (file, what) in wanted.items():
+            path = getattr(self, flag)
+            if path and not (Path(path) / file).is_file():
+                raise UserError(f"--{flag} {path} is not there: give {what} made for the teacher")
 
-    folder = Path(folder)
-    contract, record = read_record(folder)
-    if record["family"] != "sd":
-        raise UserError(f"{folder} is a student of the {record['family']} family: these uses are measured on Stable Diffusion pipelines")
-    quiet = lambda pipe: (pipe.set_progress_bar_config(disable=True), pipe.to(device))[1]
-    student = quiet(DiffusionPipeline.from_pretrained(folder, use_safetensors=True))
-    master = quiet(DiffusionPipeline.from_pretrained(teacher, use_safetensors=True))
-    master.scheduler = DDIMScheduler.from_config(master.scheduler.config, timestep_spacing="trailing")
-    own = {"guidance_scale": contract.guidance} if contract.guidance_range else {}
 
-    rows = []
-    start = _draw(master, prompts, num_inference_steps=MANY, guidance_scale=guidance)
-    few, many = (StableDiffusionImg2ImgPipeline(**{k: v for k, v in p.components.items()}, requires_safety_checker=False) for p in (student, master))
-    for pipe in (few, many):
+class Bench:
+    """A student and its teacher as stock pipelines, and the calls that are compared.
+
+    prompts: P of them; guidance: of the teacher. Pictures are arrays [P, seeds, H, W, 3] in [0, 1]."""
+
+    def __init__(self, folder: str | Path, teacher: str | Path, prompts: list[str], guidance: float, device: str = "cpu", seeds: int = SEEDS):
+        from diffusers import DDIMScheduler, DiffusionPipeline
+        self.contract, record = read_record(folder)
+        if record["family"] != "sd":
+            raise UserError(f"{folder} is a student of the {record['family']} family: these uses are measured on Stable Diffusion pipelines")
+        self.prompts, self.guidance, self.device, self.seeds = prompts, guidance, device, seeds
+        self.student, self.teacher = (self._quiet(DiffusionPipeline.from_pretrained(f, use_safetensors=True)) for f in (folder, teacher))
+        self.teacher.scheduler = DDIMScheduler.from_config(self.teacher.scheduler.config, timestep_spacing="trailing")
+
+    def _quiet(self, pipe):
         pipe.set_progress_bar_config(disable=True)
-    turned = prompts[1:] + prompts[:1]           # every picture is asked to become the next prompt's
-    for strength in STRENGTHS:
-        goal = _draw(many, turned, start, strength=strength, num_inference_steps=MANY, guidance_scale=guidance)
-        for k in contract.steps:
-            row = {"use": f"image to image, strength {strength:g}", "steps": k}
+        return pipe.to(self.device)
+
+    @property
+    def next_prompts(self) -> list[str]:
+        return self.prompts[1:] + self.prompts[:1]
+
+    def call(self, pipe, steps: int) -> dict:
+        """Arguments of a plain call of one of the two."""
+        if pipe is self.teacher:
+            return {"num_inference_steps": steps, "guidance_scale": self.guidance}
+        return self.contract.stock_call(steps) | ({"guidance_scale": self.contract.guidance} if self.contract.guidance_range else {})
+
+    def draw(self, pipe, steps: int, prompts=None, given: Callable | None = None, through=None, **call):
+        """Pictures of `prompts` (default: this bench's): the same noise at every call. through: another pipeline class around the same networks;
+        given(i): further arguments of prompt i."""
+        import numpy as np
+        import torch
+        out = []
+        for i, prompt in enumerate(prompts or self.prompts):
+            generators = [torch.Generator().manual_seed(1000 * i + s) for s in range(self.seeds)]
+            more = given(i) if given else {}
+            out.append((through or pipe)([prompt] * self.seeds, generator=generators, output_type="np", **self.call(pipe, steps) | more | call).images)
+        return np.stack(out)
+
+    def around(self, pipe, kind, **parts):
+        """The networks of `pipe` in another stock pipeline."""
+        return self._quiet(kind(**pipe.components, **parts, requires_safety_checker=False))
+
+    def rows(self, use: str, measure: str, score: Callable, without: Callable | None = None) -> list[dict]:
+        """One row for each step count. score, without: functions of (pipeline, steps) giving a number, None where there is nothing to say,
+        or REFUSED."""
+        many = score(self.teacher, MANY)
+        return [{"use": use, "measure": measure, "steps": k, "student": score(self.student, k), "teacher, as few steps": score(self.teacher, k),
+                 f"teacher, {MANY} steps": many, "student without it": without(self.student, k) if without else None} for k in self.contract.steps]
+
+    # ------------------------------------------------------------------------ the uses: functions of (pipeline, steps) that give pictures
+    def turned(self, images, strength: float) -> Callable:
+        """Image to image: every picture of `images` [P, S, H, W, 3] is asked to become the next prompt's. None where the stock call refuses."""
+        import torch
+        from diffusers import StableDiffusionImg2ImgPipeline
+        through = {id(p): self.around(p, StableDiffusionImg2ImgPipeline) for p in (self.student, self.teacher)}
+        begin = lambda i: {"image": torch.from_numpy(images[i]).permute(0, 3, 1, 2)}
+
+        def draw(pipe, k):
             try:
-                got = _draw(few, turned, start, strength=strength, num_inference_steps=k, **own)
-            except (ValueError, RuntimeError):      # so few steps leave none of this strength
-                rows.append(row | {"stock call": "refused"})
-                continue
-            as_few = _draw(many, turned, start, strength=strength, num_inference_steps=max(k, round(1 / strength)), guidance_scale=guidance)
-            rows.append(row | {"stock call": "runs", "distance": _distance(got, goal), "teacher, as few steps": _distance(as_few, goal)})
-    if lora:
-        rows += _lora(student, master, prompts, contract, guidance, own, Path(lora))
+                return self.draw(pipe, k, self.next_prompts, begin, through[id(pipe)], strength=strength)
+            except (ValueError, RuntimeError):
+                if int(k * strength) >= 1:               # else so few steps leave none of this strength
+                    raise
+                return None
+        return draw
+
+    @contextmanager
+    def styled(self, path: str | Path):
+        """Inside, both pipelines carry the LoRA: gives a function of its scale."""
+        path, both = Path(path), (self.student, self.teacher)
+
+        def at(scale: float) -> Callable:
+            def draw(pipe, k):
+                pipe.set_adapters(["downstream"], [scale])
+                return self.draw(pipe, k)
+            return draw
+        try:
+            for pipe in both:
+                pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="downstream")
+            yield at
+        finally:
+            for pipe in both:
+                pipe.unload_lora_weights()
+
+    def controlled(self, folder: str | Path, images, scale: float = 1.0, words: bool = True) -> Callable:
+        """A ControlNet given the silhouettes of `images` [P, H, W, 3], each with the next prompt or (not words) with none."""
+        import torch
+        from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+        net = ControlNetModel.from_pretrained(folder, use_safetensors=True).to(self.device)
+        through = {id(p): self.around(p, StableDiffusionControlNetPipeline, controlnet=net) for p in (self.student, self.teacher)}
+        shapes = torch.from_numpy(silhouette(images)).float()
+        control = lambda i: {"image": shapes[i].expand(self.seeds, 3, -1, -1)}
+        prompts = self.next_prompts if words else [""] * len(images)
+        return lambda pipe, k: self.draw(pipe, k, prompts, control, through[id(pipe)], controlnet_conditioning_scale=scale)
+
+    @contextmanager
+    def shown(self, folder: str | Path, images):
+        """Inside, both pipelines carry the IP-Adapter, are shown `images` [P, H, W, 3] and told nothing: gives a function of its scale."""
+        from PIL import Image
+        both = (self.student, self.teacher)
+        given = [Image.fromarray((image * 255).round().astype("uint8")) for image in images]
+
+        def at(scale: float) -> Callable:
+            def draw(pipe, k):
+                pipe.set_ip_adapter_scale(scale)
+                return self.draw(pipe, k, [""] * len(given), lambda i: {"ip_adapter_image": [[given[i]] * self.seeds]})
+            return draw
+        try:
+            for pipe in both:
+                pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_WEIGHTS)
+            yield at
+        finally:
+            for pipe in both:
+                pipe.unload_ip_adapter()
+
+    # ------------------------------------------------------------------------------------------------ their rows
+    def image_to_image(self, images) -> list[dict]:
+        out = []
+        for strength in STRENGTHS:
+            draw = self.turned(images, strength)
+            goal = draw(self.teacher, MANY)
+
+            def score(pipe, k):
+                if pipe is self.teacher and k == MANY:
+                    return 0.0
+                got = draw(pipe, k)
+                return REFUSED if got is None else _distance(got, goal)
+            out += self.rows(f"image to image, strength {strength:g}", "distance", score)
+        return out
+
+    def lora(self, path: str | Path, style: Callable | None = None) -> list[dict]:
+        """Whether a LoRA changes the student's pictures as it changes the teacher's (`follows`) and brings them into its style (`in style`)."""
+        path, calls = Path(path), [(self.teacher, MANY), *((p, k) for p in (self.teacher, self.student) for k in self.contract.steps)]
+        name, out = path.parent.name if path.stem == "pytorch_lora_weights" else path.stem, []
+        before = {(id(p), k): self.draw(p, k) for p, k in calls}
+        with self.styled(path) as at:
+            for scale in SCALES:
+                draw, use = at(scale), f"LoRA {name}, scale {scale:g}"
+                after = {(id(p), k): draw(p, k) for p, k in calls}
+                moved = {key: after[key] - before[key] for key in after}
+                out += self.rows(use, "follows", lambda p, k: follows(moved[id(p), k], moved[id(self.teacher), MANY]))
+                if style:
+                    out += self.rows(use, "in style", lambda p, k: 1 - style(after[id(p), k]) / max(style(before[id(p), k]), 1e-9))
+        return out
+
+    def controlnet(self, folder: str | Path, images) -> list[dict]:
+        """Overlap of the result's silhouette with its control, without words and against the words of another prompt."""
+        wanted, out = silhouette(images)[:, None], []
+        score = lambda scale, words: lambda pipe, k: overlap(silhouette(self.controlled(folder, images, scale, words)(pipe, k)), wanted)
+        for use, words in (("ControlNet of silhouettes, no words", False), ("ControlNet of silhouettes, another prompt's words", True)):
+            out += self.rows(use, "overlap", score(1.0, words), score(0.0, words))
+        return out
+
+    def ip_adapter(self, folder: str | Path, images) -> list[dict]:
+        """How often the result is nearest to its own picture among those shown."""
+        with self.shown(folder, images) as at:
+            score = lambda scale: lambda pipe, k: finds(at(scale)(pipe, k), images)
+            return self.rows("IP-Adapter, no words", "found", score(1.0), score(0.0))
+
+
+def measure(folder: str | Path, teacher: str | Path, prompts: list[str], guidance: float, adapters: Adapters = Adapters(), images=None,
+            device: str = "cpu", seeds: int = SEEDS) -> list[dict]:
+    """Rows (use, measure, steps, student, teacher as few steps, teacher many steps, student without it) of every use at each step count of
+    the student; what the measures mean stands on the card.
+
+    teacher: its stock folder or Hub id; images: pictures [P, H, W, 3] in [0, 1] for ControlNet and IP-Adapter (default: one of the teacher's
+    own for each prompt). Raises UserError for a student that is no Stable Diffusion pipeline and for adapters that are not there."""
+    adapters.check()
+    bench = Bench(folder, teacher, prompts, guidance, device, seeds)
+    start = bench.draw(bench.teacher, MANY)
+    images = start[:, 0] if images is None else images
+    rows = bench.image_to_image(start)
+    if adapters.lora:
+        rows += bench.lora(adapters.lora, adapters.style)
+    if adapters.controlnet:
+        rows += bench.controlnet(adapters.controlnet, images)
+    if adapters.ip_adapter:
+        rows += bench.ip_adapter(adapters.ip_adapter, images)
     return rows
 
 
-def _draw(pipe, prompts, images=None, **call):
-    """Pictures [P, S, H, W, 3] in [0, 1], the same noise at every call."""
-    import numpy as np
-    import torch
-    out = []
-    for i, prompt in enumerate(prompts):
-        generators = [torch.Generator().manual_seed(1000 * i + s) for s in range(SEEDS)]
-        given = {} if images is None else {"image": torch.from_numpy(images[i]).permute(0, 3, 1, 2)}
-        out.append(pipe([prompt] * SEEDS, generator=generators, output_type="np", **given, **call).images)
-    return np.stack(out)
-
-
+# ------------------------------------------------------------------------------------------------------- the numbers
 def _distance(a, b) -> float:
     return float(abs(a - b).mean())
 
 
-def _lora(student, master, prompts, contract, guidance, own, path: Path) -> list[dict]:
-    if not path.is_file():
-        raise UserError(f"--lora {path} is not a file: give a safetensors file made for the teacher")
-    most = max(contract.knots)
-    calls = {"student": (student, {"num_inference_steps": most, **own}), "teacher": (master, {"num_inference_steps": MANY, "guidance_scale": guidance})}
-    before = {name: _draw(pipe, prompts, **call) for name, (pipe, call) in calls.items()}
-    for pipe, _ in calls.values():
-        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="style")
-    rows = []
-    for scale in SCALES:
-        moved = {}
-        for name, (pipe, call) in calls.items():
-            pipe.set_adapters(["style"], [scale])
-            moved[name] = (_draw(pipe, prompts, **call) - before[name]).ravel()
-        length = {name: float((v**2).sum()) ** 0.5 for name, v in moved.items()}
-        rows.append({"use": f"LoRA {path.stem}, scale {scale:g}", "steps": most, "stock call": "runs",
-                     "follows": float(moved["student"] @ moved["teacher"]) / max(length["student"] * length["teacher"], 1e-12),
-                     "size beside the teacher's": length["student"] / max(length["teacher"], 1e-12)})
-    return rows
+def follows(moved, goal) -> float:
+    """Cosine between two changes of pictures; 0 where nothing changed."""
+    length = float((moved**2).sum() * (goal**2).sum()) ** 0.5
+    return float((moved * goal).sum()) / length if length > 1e-9 else 0.0
+
+
+def silhouette(images):
+    """What is not the white ground: pictures [..., H, W, 3] in [0, 1] -> bool [..., H, W]."""
+    return (1 - images).max(-1) > 0.12
+
+
+def overlap(a, b) -> float:
+    """Mean intersection over union of masks [..., H, W] (they broadcast); two empty ones overlap wholly."""
+    both, either = (a & b).sum((-1, -2)), (a | b).sum((-1, -2))
+    return float(((both + (either == 0)) / (either + (either == 0))).mean())
+
+
+def finds(pictures, references) -> float:
+    """Share of pictures [P, S, H, W, 3] whose nearest of references [P, H, W, 3] is their own, by colours and steps on coarse grids
+    (`metrics.pixels`, of which the references' mean is taken off): 1/P by chance."""
+    import torch
+
+    from ..metrics import pixels
+    p, s = pictures.shape[:2]
+    look = lambda x: pixels(torch.from_numpy(x).float().permute(0, 3, 1, 2) * 2 - 1)
+    known = look(references)
+    centre = known.mean(0)
+    unit = lambda x: torch.nn.functional.normalize(x - centre, dim=1)
+    nearest = (unit(look(pictures.reshape(-1, *pictures.shape[2:]))) @ unit(known).T).argmax(1)
+    return float((nearest == torch.arange(p).repeat_interleave(s)).float().mean())
+
+
+def record(folder: str | Path, rows: list[dict]) -> str:
+    """Keep `rows` in the folder's record and write its card again; returns the card's path."""
+    refresh(folder)                            # a record without facts gets them before a row is added
+    path = Path(folder) / RECORD
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["card"]["downstream"] = rows
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return refresh(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,20 +284,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=0.0, help="teacher guidance scale (default: the teacher's own)")
     parser.add_argument("--prompts", nargs="*", default=[])
     parser.add_argument("--lora", default="", help="LoRA file made for the teacher")
+    parser.add_argument("--controlnet", default="", help="folder of a ControlNetModel made for the teacher, its control a silhouette on white")
+    parser.add_argument("--ip_adapter", default="", help=f"folder of an IP-Adapter made for the teacher: {IP_WEIGHTS} and image_encoder/")
     args = parser.parse_args(argv)
     from ..backbones import ASSETS, BUILT_IN
-    record = read_record(args.folder)[1]
-    known = BUILT_IN.get(args.teacher or record["teacher"], {})
-    teacher = str(ASSETS / known["folder"]) if known else args.teacher or record["teacher"]
-    refresh(args.folder)                       # a record without facts gets them before a row is added
-    data = json.loads((Path(args.folder) / RECORD).read_text(encoding="utf-8"))
-    prompts = args.prompts or (data["card"].get("prompts") or ["fluent red heart"])[:4]
-    rows = measure(args.folder, teacher, prompts, args.guidance or known.get("guidance", 7.5), args.lora)
-    data["card"]["downstream"] = rows
-    (Path(args.folder) / RECORD).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(refresh(args.folder))
+    named = args.teacher or read_record(args.folder)[1]["teacher"]
+    known = BUILT_IN.get(named, {})
+    refresh(args.folder)
+    facts = json.loads((Path(args.folder) / RECORD).read_text(encoding="utf-8"))["card"]
+    prompts = args.prompts or (facts.get("prompts") or ["fluent red heart"])[:4]
+    rows = measure(args.folder, str(ASSETS / known["folder"]) if known else named, prompts, args.guidance or known.get("guidance", 7.5),
+                   Adapters(args.lora, args.controlnet, args.ip_adapter))
+    print(record(args.folder, rows))
     for row in rows:
-        print("  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print("  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def export_student(model, net, folder: str | Path, contract: Contract, *, lora_r
     try:
         temp.mkdir(parents=True)
         record = {"family": model.family, "teacher": _teacher_name(model), "slot": net.slot, "slot_weights": None, "lora_rank": lora_rank,
-                  "process": type(process).__name__, **(facts or {})}
+                  "process": type(process).__name__, **({"teacher_lora": model.style.facts()} if getattr(model, "style", None) else {}), **(facts or {})}
         write = {"text": _write_text, "video": _write_video}.get(model.family, _write_pipeline if hasattr(model, "pipe") else _write_bare)
         write(model, net, temp, contract, record)
         (temp / RECORD).write_text(json.dumps({**contract.to_json(), "student": record}, indent=1) + "\n")

@@ -3,7 +3,7 @@
     python -m zoo.hub.space build/space                         # assemble and check
     hf upload USER/NAME build/space --repo-type space
 
-From a clone only: an installed package has no page."""
+From a clone only: an installed package has no page. `raceable` says which students of others the page offers."""
 from __future__ import annotations
 
 import argparse
@@ -15,14 +15,30 @@ from pathlib import Path
 
 import yaml
 
+from .. import registry
 from ..errors import UserError
+from ..rows import Student
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH, PYTHONS = ">=2.8,<2.12", ("3.10", "3.12")          # what ZeroGPU lists
 COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 REQUIRED = ("title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "python_version", "app_file", "suggested_hardware", "short_description", "license")
 OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "gradio_client": "gradio"}      # what is imported -> what is installed
+RACEABLE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+MOST_PRELOADED = 10                                       # repositories; the Hub refuses more
 JUNK = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+
+
+# ------------------------------------------------------------------------------------------------------- what it loads
+def raceable(row: Student) -> bool:
+    """Whether the page can race this student of others on the Hub: weights put on the network or into the pipeline of its teacher, so
+    that both draw the same noise at the same size (a whole pipeline may have a size of its own), sampled as its makers say."""
+    return row.kind == "community" and row.status == "verified" and row.parts in ("lora", "component") and row.pipeline in RACEABLE and not row.pickle
+
+
+def models() -> list[str]:
+    """Hub ids that the page can load: those students and their teachers. What races at first is inside the package."""
+    return sorted({name for row in registry.students() if raceable(row) for name in (row.source, row.teacher)})
 
 
 # ------------------------------------------------------------------------------------------------------- assembling
@@ -103,6 +119,24 @@ def _front_matter(folder: Path, pins: dict) -> list[str]:
     found += says(data.get("suggested_hardware") in {h.value for h in SpaceHardware}, f"suggested_hardware {data.get('suggested_hardware')!r} is no hardware of the Hub")
     found += says(len(str(data.get("short_description", ""))) <= 60, "short_description is longer than 60 characters")
     found += says({data.get("colorFrom"), data.get("colorTo")} <= COLOURS, f"colours are among {', '.join(sorted(COLOURS))}")
+    named = data.get("models") or []
+    found += says(not set(models()) - set(named), f"models lacks {', '.join(sorted(set(models()) - set(named)))}, which the page can load")
+    found += says(not set(named) - set(models()), f"models names {', '.join(sorted(set(named) - set(models())))}, which the page does not load")
+    return found + _preload(data.get("preload_from_hub") or [], named)
+
+
+def _preload(entries: list, named: list[str]) -> list[str]:
+    """Entries are `repository`, `repository file,file` or `repository file,file commit`. Whole repositories are not fetched: those of
+    base models hold each weight in several formats."""
+    found = [f"front matter: preload_from_hub has {len(entries)} entries, the Hub takes {MOST_PRELOADED}"] if len(entries) > MOST_PRELOADED else []
+    for entry in map(str, entries):
+        repository, *rest = entry.split(" ")
+        if repository not in named:
+            found.append(f"front matter: preload_from_hub fetches {repository}, which models does not name")
+        if not 1 <= len(rest) <= 2 or not all(rest[0].split(",")) or (len(rest) == 2 and not re.fullmatch("[0-9a-f]{40}", rest[1])):
+            found.append(f"front matter: preload_from_hub: write '{repository} file,file' and a commit, if any, of 40 digits")
+        elif any(f.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")) for f in rest[0].split(",")):
+            found.append(f"front matter: preload_from_hub fetches pickles of {repository}, which are never opened")
     return found
 
 

@@ -143,7 +143,7 @@ def lora_folder(student: str | Path, target: str | Path) -> Path:
         raise UserError(f"{target} is not empty: give a new folder")
     for name, path in files(student).items():
         parts = (LORA_WEIGHTS, RECORD, "README.md", "scheduler/scheduler_config.json")
-        if name in parts or path.suffix in (".png", ".webp") or re.match("(LICENSE|NOTICE)", name):
+        if name in parts or path.suffix in (".png", ".webp") or re.match("(LICENSE|NOTICE|USE_POLICY)", name):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / name)
     return target

@@ -1,0 +1,433 @@
+"""Step time and peak memory of training steps on random weights at real shapes, beside a plain implementation that copies three models.
+
+    python benchmarks/training_step/run.py                     # on a GPU sd15-512 and sdxl-1024 (under ten minutes), on a CPU the tiny preset
+    python benchmarks/training_step/run.py --presets 12gb      # one preset; see PRESETS
+
+Nothing is downloaded: networks are made from the configurations of diffusers classes, text embeddings and latents are random (as from a
+cache). Every case runs in a process of its own, so that peaks do not mix. The steps are those of the scripts in train_scripts/, through
+`Run`; only `plain` is written here, as one would for one model: three copies, two calls for guidance, one optimiser for each. Writes
+log-<device>.md and .json beside this file. Memory on a CPU is the process's growth, which counts what the allocator keeps."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "train_scripts")]
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+GB = 1024**3
+
+# Public unet/config.json of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0.
+SD15 = dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+SDXL = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
+TINY = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=64, attention_head_dim=8, norm_num_groups=16,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+PRESETS = {                # network, batch, LoRA rank, and flags of every run
+    "tiny": dict(unet=TINY, batch=4, lora=16, flags={}, steps=3),
+    "12gb": dict(unet=SD15, batch=1, lora=64, flags=dict(gradient_checkpointing=True, offload_averages=True), steps=6, only=("dmd lora", "lcm lora")),
+    "sd15-512": dict(unet=SD15, batch=4, lora=64, flags={}, steps=6),
+    "sdxl-1024": dict(unet=SDXL, batch=1, lora=64, flags=dict(gradient_checkpointing=True), steps=4),
+    "emoji": dict(trained=True, only=("derivatives",))}        # the embedded teacher: a trained network is far less stiff in time than random weights
+# name -> (script, options); "lora" takes the preset's rank, "full" trains all weights.
+STEPS = {"dmd lora": ("dmd", {}), "dmd full": ("dmd", dict(lora=0)), "lcm lora": ("lcm", {}), "scm lora fd": ("scm", {}), "scm lora jvp": ("scm", dict(derivative="jvp")),
+         "meanflow lora fd": ("meanflow", {}), "meanflow lora jvp": ("meanflow", dict(derivative="jvp"))}
+GUIDANCE, CRITIC_UPDATES = 5.0, 2
+
+
+@dataclass
+class Config:
+    presets: tuple[str, ...] = field(default_factory=lambda: ("sd15-512", "sdxl-1024", "emoji") if CUDA else ("tiny", "emoji"))
+    budget: float = 560.0        # seconds in all; cases that would begin after it are left out and named
+    threads: int = 0             # on a CPU (0: all cores)
+    case: str = ""               # one case of one preset, in this process; prints JSON
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+def network(preset: str):
+    from diffusers import UNet2DConditionModel
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return UNet2DConditionModel(**PRESETS[preset]["unet"]).requires_grad_(False).eval()
+
+
+def conditions(config, n: int, seed: int) -> dict[str, torch.Tensor]:
+    """Random text embeddings as the family's encoders give them."""
+    g = torch.Generator().manual_seed(seed)
+    cond = {"prompt": torch.randn(n, 77, config.cross_attention_dim, generator=g)}
+    return cond | ({"pooled": torch.randn(n, 1280, generator=g)} if config.addition_embed_type else {})
+
+
+def call(module, x, timestep, cond):
+    extra = {}
+    if "pooled" in cond:
+        size = x.shape[-1] * 8
+        extra["added_cond_kwargs"] = {"text_embeds": cond["pooled"], "time_ids": x.new_tensor([[size, size, 0, 0, size, size]]).expand(len(x), -1)}
+    return module(x, timestep, encoder_hidden_states=cond["prompt"], return_dict=False, **extra)[0]
+
+
+def backbone(preset: str):
+    from diffusers import DDIMScheduler
+
+    from zoo.backbones import Backbone, Examples, Source
+    from zoo.process import VP
+
+    class Random(Backbone):
+        family, pred, guidance, name, data, bf16_on_cpu = "sd", "eps", GUIDANCE, preset, "", False
+
+        def __init__(self):
+            self.module = network(preset)
+            self.process = VP.from_config(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
+            size = self.module.config.sample_size
+            self.shape = (4, size, size)
+            self.table, self.nothing = conditions(self.module.config, 16, 1), conditions(self.module.config, 1, 2)
+            self.latents = torch.randn(16, *self.shape, generator=torch.Generator().manual_seed(3))
+
+        def forward(self, module, x, timestep, cond):
+            return call(module, x, timestep, cond)
+
+        def batches(self, images=False):
+            def get(index):
+                index = index % 16
+                fields = {"cond": {k: v[index] for k, v in self.table.items()}, "uncond": {k: v.expand(len(index), *v.shape[1:]) for k, v in self.nothing.items()}}
+                return fields | ({"x0": self.latents[index]} if images else {})
+            return Source(1 << 16, get)
+
+        def examples(self, n, seeds=1):
+            fields = self.batches().get(torch.arange(n * seeds))
+            return Examples([f"item {i}" for i in range(n * seeds)], fields["cond"], fields["uncond"])
+    return Random()
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+def wait():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def held() -> float:
+    """GB: the most the GPU has held, or the most memory the process has had."""
+    return torch.cuda.max_memory_allocated() / GB if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+class Breakdown:
+    """Seconds inside networks, by who was called and how, for one step that is not among the timed ones."""
+
+    def __init__(self):
+        self.rows: dict[str, list[tuple[float, int]]] = {}
+
+    @contextmanager
+    def __call__(self):
+        from zoo.denoiser import Denoiser
+        real = Denoiser._raw
+
+        def timed(net, x, *rest):
+            wait()
+            began = time.perf_counter()
+            out = real(net, x, *rest)
+            wait()
+            role = self.names.get(id(net.module), "teacher") if net.role is None else net.role
+            kind = f"{role}{' average' if net.weights else ''}, {'with' if out.requires_grad else 'without'} graph"
+            self.rows.setdefault(kind, []).append((time.perf_counter() - began, len(x)))
+            return out
+        Denoiser._raw = timed
+        try:
+            yield
+        finally:
+            Denoiser._raw = real
+
+    def name(self, run):
+        self.names = {id(t.net.module): n for n, t in run.trainees.items() if t.net.role is None}
+
+    def table(self) -> dict[str, dict]:
+        return {k: {"calls": len(v), "samples": sum(n for _, n in v), "seconds": sum(s for s, _ in v)} for k, v in self.rows.items()}
+
+
+def through_run(preset: str, script: str, options: dict, folder: str) -> dict:
+    """The script's own steps: seconds of each timed one, peak, and where one more step spends its time."""
+    import importlib
+
+    from zoo.run import Run
+    spec, inside, base = PRESETS[preset], Breakdown(), 0.0
+    module = importlib.import_module(f"train_{script}")
+    precision = "bf16" if CUDA else "no"
+    settings = dict(batch=spec["batch"], lora=spec["lora"], steps=10**6, time_budget=0.0, output_dir=folder, mixed_precision=precision, checkpoint_every=0, sample_every=0,
+                    measure_every=0) | spec["flags"] | options | (dict(critic_updates=CRITIC_UPDATES) if script == "dmd" else {})
+    seconds: list[float] = []
+
+    def stepping(run):
+        inside.name(run)
+        run.step = 1
+        yield 0                                               # warm-up: states are made
+        for i in range(spec["steps"]):
+            wait()
+            began = time.perf_counter()
+            yield i
+            wait()
+            seconds.append(time.perf_counter() - began)
+        found["peak_gb"] = held() - base
+        with inside():
+            began = time.perf_counter()
+            yield spec["steps"]
+            wait()
+            found["broken_down"] = time.perf_counter() - began
+    found: dict = {}
+    Run.watch = lambda run, student, *a, **k: run.average(student, run.cfg.ema)
+    Run.loop = stepping
+    base = 0.0 if CUDA else held()
+    model = backbone(preset)
+    module.main(module.Config(teacher=model, **settings))
+    return found | {"seconds": seconds, "inside": inside.table()}
+
+
+def plain(preset: str) -> dict:
+    """DMD2 as one would write it for this one model: a teacher, a full student and a full critic, `CRITIC_UPDATES` critic steps and one of the
+    student, an average of the student's weights."""
+    import copy
+
+    from diffusers import DDIMScheduler
+    spec = PRESETS[preset]
+    base = 0.0 if CUDA else held()
+    teacher = network(preset)
+    student, critic = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    if spec["flags"].get("gradient_checkpointing"):
+        student.enable_gradient_checkpointing()
+        critic.enable_gradient_checkpointing()
+        student.train(), critic.train()
+    average = [p.detach().clone() for p in student.parameters()]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0) for m in (student, critic)]
+    bars = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.to(DEVICE)
+    table, nothing = ({k: v.to(DEVICE) for k, v in conditions(teacher.config, n, seed).items()} for n, seed in ((16, 1), (1, 2)))
+    size, batch = teacher.config.sample_size, spec["batch"]
+    knots = [999, 749, 499, 249]
+    cast = (lambda: torch.autocast("cuda", torch.bfloat16)) if CUDA else nullcontext
+
+    def coefficients(t):
+        a = bars[t][:, None, None, None]
+        return a.sqrt(), (1 - a).sqrt()
+
+    def denoise(net, x, t, cond):
+        a, s = coefficients(t)
+        return (x - s * call(net, x, t, cond).float()) / a
+
+    def draw():
+        index = torch.randint(16, (batch,), device=DEVICE)
+        return {k: v[index] for k, v in table.items()}, {k: v.expand(batch, *v.shape[1:]) for k, v in nothing.items()}
+
+    def student_input(cond):
+        """As in the script: a depth per sample, the earlier of two draws; the steps before it run without gradient."""
+        depth = torch.minimum(torch.randint(4, (batch,), device=DEVICE), torch.randint(4, (batch,), device=DEVICE))
+        t = torch.full((batch,), knots[0], device=DEVICE)
+        x = torch.randn(batch, 4, size, size, device=DEVICE)
+        for i in range(3):
+            going = depth > i
+            if going.any():
+                with torch.no_grad():
+                    x0 = denoise(student, x[going], t[going], {k: v[going] for k, v in cond.items()})
+                t[going] = knots[i + 1]
+                a, s = coefficients(t[going])
+                x[going] = a * x0 + s * torch.randn_like(x0)
+        return x, t
+
+    def update(net, optimizer, loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def step():
+        for _ in range(CRITIC_UPDATES):
+            cond, _ = draw()
+            with cast():
+                with torch.no_grad():
+                    x = denoise(student, *student_input(cond), cond)
+                t, eps = torch.randint(1000, (batch,), device=DEVICE), torch.randn_like(x)
+                a, s = coefficients(t)
+                loss = (call(critic, a * x + s * eps, t, cond).float() - eps).square().mean()
+            update(critic, optimizers[1], loss)
+        cond, uncond = draw()
+        critic.requires_grad_(False)
+        with cast():
+            x = denoise(student, *student_input(cond), cond)
+            with torch.no_grad():
+                t, eps = torch.randint(20, 980, (batch,), device=DEVICE), torch.randn_like(x)
+                a, s = coefficients(t)
+                x_t = a * x + s * eps
+                guided, free = denoise(teacher, x_t, t, cond), denoise(teacher, x_t, t, uncond)
+                real, fake = free + GUIDANCE * (guided - free), denoise(critic, x_t, t, cond)
+                direction = (real - fake) / (x - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+            loss = 0.5 * (x - (x + direction).detach()).square().mean()
+        update(student, optimizers[0], loss)
+        critic.requires_grad_(True)
+        torch._foreach_lerp_(average, list(student.parameters()), 0.02)
+
+    seconds = []
+    for i in range(spec["steps"] + 1):
+        wait()
+        began = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds[1:], "peak_gb": held() - base}
+
+
+def derivatives(preset: str) -> dict:
+    """d/ds of the network's velocity along the flow, three ways: relative error against float64 forward mode, and cost in forward passes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from zoo import backbones
+    from zoo.calculus import total_derivative
+    model = backbones.load(preset).to(DEVICE) if PRESETS[preset].get("trained") else backbone(preset)
+    fields = model.batches(images=True).get(torch.arange(1))
+    g = torch.Generator().manual_seed(5)
+    x, eps, t = fields["x0"], torch.randn(fields["x0"].shape, generator=g), torch.tensor([0.6])
+
+    def measured(how, dtype, h=5e-3, kernel=None):
+        net = model.teacher
+        net.module.to(dtype)
+        cond = {k: v.to(DEVICE, dtype) for k, v in fields["cond"].items()}
+        at, start = t.to(DEVICE, dtype), model.process.noise(x.to(DEVICE, dtype), eps.to(DEVICE, dtype), t.to(DEVICE, dtype))
+        along = model.process.velocity(x.to(DEVICE, dtype), eps.to(DEVICE, dtype), at)
+        fn = lambda x, t: net(x, t, cond, to="v")
+
+        def once():
+            if how == "forward":
+                with torch.no_grad():
+                    return fn(start, at)
+            if kernel is not None:
+                with torch.no_grad(), sdpa_kernel(kernel):
+                    return torch.func.jvp(fn, (start, at), (along, torch.ones_like(at)))[1]
+            return total_derivative(fn, (start, at), (along, torch.ones_like(at)), how, h)[1]
+        out = once()                                          # warm-up
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        before, spent = (torch.cuda.memory_allocated() / GB if CUDA else held()), []
+        for _ in range(3):
+            wait()
+            began = time.perf_counter()
+            out = once()
+            wait()
+            spent.append(time.perf_counter() - began)
+        return out.double(), sorted(spent)[1], held() - before
+
+    _, forward, _ = measured("forward", torch.float32)
+    rows = {}
+    results = {"jvp, math attention": measured("jvp", torch.float32)}
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] + [SDPBackend.CUDNN_ATTENTION] * CUDA
+    try:
+        results["jvp, fused attention"] = measured("jvp", torch.float32, kernel=fused)
+    except (RuntimeError, NotImplementedError) as error:
+        rows["jvp, fused attention"] = {"refused": str(error).strip().splitlines()[0][:90]}
+    for h in (1e-3, 5e-3, 2e-2):
+        results[f"finite difference, h = {h:g}"] = measured("fd", torch.float32, h)
+    exact, _, _ = measured("jvp", torch.float64)              # last: the weights stay in float64
+    for name, (value, spent, extra) in results.items():
+        rows[name] = {"error": ((value - exact).norm() / exact.norm()).item(), "seconds": spent, "forwards": spent / forward, "extra_gb": extra}
+    return {"forward_seconds": forward, "rows": rows}
+
+
+def one(preset: str, case: str) -> dict:
+    import accelerate.utils, datasets, diffusers.models, peft, zoo.backbones, zoo.run  # noqa: E401, F401  what is imported later would count as the step's memory
+    if case == "plain":
+        return plain(preset)
+    if case == "derivatives":
+        return derivatives(preset)
+    script, options = STEPS[case]
+    with tempfile.TemporaryDirectory() as folder:
+        return through_run(preset, script, options, folder + "/run")
+
+
+# ------------------------------------------------------------------------------------------------------------- the table
+def device_name() -> str:
+    if CUDA:
+        return torch.cuda.get_device_name()
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine()) if Path("/proc/cpuinfo").exists() else platform.machine()
+    return f"CPU ({model}, {torch.get_num_threads()} threads)"
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def report(found: dict, left: list[str]) -> str:
+    lines = [f"# Training steps on {device_name()}", "", f"torch {torch.__version__.split('+')[0]}, {'bf16 autocast' if CUDA else 'float32'}, weights in float32. Random weights and inputs; "
+             f"DMD2 steps are {CRITIC_UPDATES} critic updates and one of the student." + ("" if CUDA else " CPU-size networks: these numbers say nothing about a GPU.")]
+    for preset, cases in found.items():
+        spec, base = PRESETS[preset], cases.get("plain", {})
+        lines += ["", f"## {preset}, the embedded teacher's trained weights"] if spec.get("trained") else ["", f"## {preset}: batch {spec['batch']}, {spec['unet']['sample_size']} x {spec['unet']['sample_size']} latents, LoRA rank {spec['lora']}"
+                  + "".join(f", {k}" for k in spec["flags"]), "", "| step | seconds | time / plain | peak GB | memory / plain |", "|---|---|---|---|---|"]
+        for case in ["plain", *STEPS]:
+            row = cases.get(case)
+            if row is None:
+                continue
+            name = "DMD2, three copies (plain)" if case == "plain" else case
+            if "error" in row:
+                lines.append(f"| {name} | {row['error']} | | | |")
+                continue
+            ratio = lambda a, b, near: f"{a / b:.2f}" if near and b else ""
+            near, s = "seconds" in base and case.startswith(("dmd", "plain")), median(row["seconds"])
+            lines.append(f"| {name} | {s:.3g} | {ratio(s, median(base['seconds']), near) if near else ''} | {row['peak_gb']:.2f} | "
+                         f"{ratio(row['peak_gb'], base['peak_gb'], near) if near else ''} |")
+        lines += [] if spec.get("trained") else ["", "Where one further step spent its time, the device waited for at every forward pass (calls, samples; the rest is backward passes and optimisers):", "",
+                  "| step | forward pass | calls | samples | seconds | of the step |", "|---|---|---|---|---|---|"]
+        for case in STEPS:
+            for kind, v in cases.get(case, {}).get("inside", {}).items():
+                lines.append(f"| {case} | {kind} | {v['calls']} | {v['samples']} | {v['seconds']:.3g} | {100 * v['seconds'] / cases[case]['broken_down']:.0f} % |")
+        if "rows" in cases.get("derivatives", {}):
+            lines += ["", f"Total derivative along the flow, one sample (one forward pass: {cases['derivatives']['forward_seconds']:.3g} s); error against float64 forward mode:", "",
+                      "| derivative | relative error | cost in forward passes | extra GB |", "|---|---|---|---|"]
+            for name, r in cases["derivatives"]["rows"].items():
+                lines.append(f"| {name} | {r['refused']} | | |" if "refused" in r else f"| {name} | {r['error']:.1e} | {r['forwards']:.2f} | {r['extra_gb']:.2f} |")
+        elif "error" in cases.get("derivatives", {}):
+            lines += ["", f"Derivatives: {cases['derivatives']['error']}"]
+    return "\n".join(lines + ([f"\nLeft out when the budget was spent: {', '.join(left)}."] if left else [])) + "\n"
+
+
+def main(cfg: Config):
+    if not CUDA:
+        torch.set_num_threads(cfg.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count() or 1)
+    if cfg.case:
+        print("RESULT " + json.dumps(one(cfg.presets[0], cfg.case)))
+        return
+    began, found, left = time.perf_counter(), {}, []
+    for preset in cfg.presets:
+        found[preset] = {}
+        for case in PRESETS[preset].get("only", ("plain", *STEPS, "derivatives")):
+            spent = time.perf_counter() - began
+            if spent > cfg.budget:
+                left.append(f"{preset} {case}")
+                continue
+            command = [sys.executable, __file__, "--presets", preset, "--case", case, "--threads", str(torch.get_num_threads())]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=max(60.0, cfg.budget - spent), env=os.environ | {"HF_HUB_OFFLINE": "1"})
+                line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
+                found[preset][case] = json.loads(line[7:]) if line else {"error": "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
+            except subprocess.TimeoutExpired:
+                found[preset][case] = {"error": "not done in time"}
+            print(f"{preset} {case}: {time.perf_counter() - began - spent:.0f} s", file=sys.stderr, flush=True)
+    text = report(found, left)
+    print(text)
+    slug = "cpu" if not CUDA else torch.cuda.get_device_name().lower().replace(" ", "-")
+    (HERE / f"log-{slug}.md").write_text(text)
+    (HERE / f"log-{slug}.json").write_text(json.dumps({"device": device_name(), "torch": torch.__version__, "found": found, "left": left}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    import tyro
+    main(tyro.cli(Config))

@@ -1,0 +1,374 @@
+"""From what `--data` names to training items: prompts and pictures encoded by the teacher's own parts, each once.
+
+    source = feed(model, images=True)      # items cond, uncond and x0, by global sample number (Run.micro_batches)
+
+Every prompt and picture is encoded by itself: in a batch, what stands beside it would show in the last bit, and a run that resumes, or
+has another number of ranks, would not repeat itself.
+`model` is a prompted backbone: conditions(list of prompts), unconditional(), encode(pictures), shape, pipe, storage."""
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from . import buckets, clips
+from .cache import digest, fingerprint, open_cache
+from .spec import Spec, parse
+from .streams import Stream, open_stream
+from .tally import Tally
+
+PART = 64                      # prompts between two looks at the cache's limit
+FORMAT = 1                     # of what is cached; counts up when the same facts would give other tensors
+UNCONDITIONAL = digest("", "unconditional")
+UNKNOWN = 2**31                # nominal length of a stream before its first epoch has ended
+
+
+def feed(model, images: bool = False):
+    """A Source of the model's --data. Raises UserError when there is none, and for captions or pictures that are not there."""
+    from ..backbones.base import Source
+    if not model.data:
+        raise UserError(f"{model.name} comes without {'captioned images' if images else 'prompts'}: give --data {'FOLDER' if images else 'prompts.txt'}")
+    spec, texts = parse(model.data), model.texts
+    if spec.buckets and not images:
+        raise UserError("this method reads prompts alone, and buckets are for pictures: drop ?buckets=yes from --data")
+    if images:
+        items = Pictures(model, spec)
+        if items.captions is not None:        # those of a stream are not known
+            texts.prepare(items.captions)
+        source = Source((items.stream.n if items.stream else items.n) or UNKNOWN, lambda index: _fields(texts, *items(index.tolist())), items.order)
+        source.cache = items.cache
+        return source
+    stream = _stream(model, spec, images=False)
+    if stream is not None:
+        get = lambda index: _fields(texts, [row["caption"] for row in _captioned(stream, index.tolist())])
+        source = Source(stream.n or UNKNOWN, get, lambda numbers, seed, batch: stream.order(numbers, seed))
+        source.identity = f"stream {model.data}"
+        return source
+    captions = _prompts(model)
+    texts.prepare(captions)
+    source = Source(len(captions), lambda index: _fields(texts, [captions[i] for i in index.tolist()]))
+    source.identity = f"{len(captions)} prompts {digest(*captions)}"
+    return source
+
+
+def some_prompts(model, most: int = 1000) -> list[str]:
+    """Prompts of the model's --data, all of a list or the first of a stream."""
+    stream = _stream(model, parse(model.data), images=False)
+    if stream is None:
+        return _prompts(model)
+    found, at = [], 0
+    while len(found) < most and at < 4 * most and (stream.n is None or at < stream.n):
+        found += [row["caption"] for row in stream.rows(list(range(at, at + 100))) if row["caption"]]
+        at += 100
+    return found[:most]
+
+
+def _fields(texts: "Texts", captions: list[str], x0: Tensor | None = None) -> dict:
+    fields = {"cond": texts(captions), "uncond": {k: v.expand(len(captions), *v.shape[1:]) for k, v in texts.empty().items()}}
+    return fields | ({} if x0 is None else {"x0": x0})
+
+
+def _prompts(model) -> list[str]:
+    from . import prompts
+    return prompts(model.data)
+
+
+def _stream(model, spec: Spec, images: bool) -> Stream | None:
+    """The stream that `spec` is, or None for what is read as a whole."""
+    from . import is_local
+    if not (spec.stream if spec.stream is not None else bool(spec.shards) or not is_local(spec.place)):
+        return None
+    notes = model.storage.notes
+    sizes = [f"{p.name} {p.stat().st_size}" for p in spec.shards]
+    stream = open_stream(spec, notes and Path(notes) / f"rows-{digest(spec.place, *sizes)}.json", images)
+    missing = {"caption", *(["image"] if images else [])} - set(stream.columns)
+    if missing:
+        raise UserError(f"--data {spec.place} has no column for the {' and the '.join(sorted(missing))}: it has {', '.join(stream.names)}; "
+                        f"name it, as in --data '{spec.place}?caption=COLUMN'")
+    stream.empty = Tally(f"captions of {spec.place}")
+    return stream
+
+
+def _captioned(stream: Stream, positions: list[int]) -> list[dict]:
+    """The rows at `positions`, each without a caption replaced by the next that has one."""
+    rows = stream.rows(positions)
+    stream.empty.read(len(rows))
+    for i, row in enumerate(rows):
+        p = positions[i]
+        while not (isinstance(row["caption"], str) and row["caption"].strip()):
+            stream.empty.skip(p, row["name"] or f"row {p}", "no text")
+            p += 1
+            row = stream.rows([p])[0]
+        rows[i] = row
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+class Texts:
+    """Conditions of prompts [n, ...], on the CPU, from the cache or the teacher's own encoders."""
+
+    def __init__(self, model):
+        self.model, self.storage, self.resting = model, model.storage, False
+        self.encoders: dict[str, nn.Module] = {k: v for k, v in model.pipe.components.items() if k.startswith("text_encoder") and isinstance(v, nn.Module)}
+        self.cache = open_cache(self.storage, "text", str(model.name), self.facts() if self.storage.folder else {})
+        self._empty: dict[str, Tensor] | None = None
+
+    def facts(self) -> dict:
+        """What decides the encoding of a prompt."""
+        tokenizers = {k: v.model_max_length for k, v in self.model.pipe.components.items() if k.startswith("tokenizer") and v is not None}
+        return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint(self.encoders), "style": _style(self.model),
+                "precision": {k: str(next(v.parameters()).dtype) for k, v in self.encoders.items()},
+                "length": getattr(self.model, "length", tokenizers), "family": self.model.family, "format": FORMAT}
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        keys = [digest(p) for p in prompts]
+        known = self.cache.get(keys)
+        known |= self._encode({k: p for k, p in zip(keys, prompts) if k not in known})
+        return {f: torch.stack([known[k][f] for k in keys]) for f in known[keys[0]]}
+
+    def empty(self) -> dict[str, Tensor]:
+        """Conditions [1, ...] of the unguided half, where the network is."""
+        if self._empty is None:
+            found = self.cache.get([UNCONDITIONAL]).get(UNCONDITIONAL)
+            if found is None:
+                with self._awake(), torch.no_grad():
+                    found = {k: v[0].cpu() for k, v in self.model.unconditional().items()}
+                self.cache.put({UNCONDITIONAL: found})
+            self._empty = {k: v[None].to(self.model.module.device) for k, v in found.items()}
+        return self._empty
+
+    def _encode(self, wanted: dict[str, str]) -> dict[str, dict[str, Tensor]]:
+        """key -> fields of the prompts `wanted`, encoded now."""
+        made = {}
+        if wanted:
+            with self._awake(), torch.no_grad():
+                made = {key: {k: v[0].cpu() for k, v in self.model.conditions([p]).items()} for key, p in wanted.items()}
+        self.cache.put(made)
+        return made
+
+    # ------------------------------------------------------------------------------------------------ encoders at rest
+    def prepare(self, captions: list[str]) -> None:
+        """With a folder for the cache: encode all `captions` that are not in it, the ranks sharing them; then the encoders leave the
+        accelerator. They stay where the cache has no room for all."""
+        if not self.storage.folder:
+            return
+        self.empty()
+        wanted = {digest(c): c for c in dict.fromkeys(captions)}
+        from tqdm import tqdm
+        mine = [k for k in list(wanted)[self.storage.rank:: self.storage.world] if k not in self.cache]       # of all: ranks may see different caches
+        for at in tqdm(range(0, len(mine), PART), desc=f"prompts ({PART} each)", disable=self.storage.rank != 0 or not mine):
+            if self.cache.full:
+                break
+            self._encode({k: wanted[k] for k in mine[at: at + PART]})
+        self.cache.flush()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        self.cache.refresh()
+        if all(k in self.cache for k in wanted):
+            self.rest()
+
+    def rest(self) -> None:
+        """Move the encoders to the CPU; a prompt that is not cached brings them back for as long as it takes."""
+        if not self.resting and self.model.module.device.type != "cpu" and self.storage.rank == 0:
+            held = sum(p.numel() * p.element_size() for e in self.encoders.values() for p in e.parameters())
+            print(f"all prompts are cached: {held / 1e9:.2f} GB of text encoders left the accelerator", file=sys.stderr)
+        self.resting = True
+        self._move("cpu")
+
+    def _move(self, device) -> None:
+        for encoder in self.encoders.values():
+            encoder.to(device)
+
+    @contextmanager
+    def _awake(self):
+        if self.resting:
+            self._move(self.model.module.device)
+        try:
+            yield
+        finally:
+            if self.resting:
+                self._move("cpu")
+
+
+def _style(model) -> str:
+    """The style LoRA in the teacher's weights, which may reach its encoders."""
+    return f"{model.style.source} x {model.style.scale}" if getattr(model, "style", None) else ""
+
+
+def revision(model) -> str:
+    """The commit of a teacher from the Hub; "" for a folder, whose weights speak for themselves."""
+    if Path(model.folder).is_dir():
+        return ""
+    from huggingface_hub import try_to_load_from_cache
+    found = try_to_load_from_cache(str(model.folder), "model_index.json")
+    return Path(found).parent.name if isinstance(found, str) else ""
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+class Pictures:
+    """Pictures or clips of a set as latents [B, ...], with their captions: called with positions, gives (captions, latents).
+
+    A picture that cannot be decoded is counted, and the next one that can stands in for it. beside: the column that goes with it, caption
+    or label; captions: that column of a whole set; None for a stream."""
+
+    def __init__(self, model, spec: Spec, beside: str = "caption"):
+        from . import open_dataset
+        self.model, self.spec, self.moving = model, spec, len(model.shape) == 4
+        if spec.buckets and (self.moving or not getattr(model, "any_size", False) or model.shape[-2] != model.shape[-1]):
+            raise UserError(f"the {model.family} family takes pictures of one size: drop ?buckets=yes from --data")
+        self.stream = _stream(model, spec, images=True) if beside == "caption" else None
+        self.keys: dict[int, str] = {}
+        self.pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+        if spec.place.endswith(".txt"):
+            wanted = "clips" if self.moving else "images"
+            raise UserError(f"--data {spec.place} holds prompts alone, and this method trains on captioned {wanted}: give a folder of them")
+        if self.stream is None:
+            self.column = "video" if self.moving else "image"
+            table = open_dataset(model.data, self.column)
+            if beside not in table.column_names:
+                columns = f"beside its {self.column}s: it has {', '.join(table.column_names)}"
+                raise UserError(f"--data {spec.place} has no column `{beside}` {columns}" if beside != "caption" else f"--data {spec.place} has no caption "
+                                f"column (caption, text or prompt) {columns}; name it, as in --data '{spec.place}?caption=COLUMN'")
+            self.captions, self.n = ["" if c is None else c for c in table[beside]], len(table)
+            self.table = _undecoded(table, self.column)
+        elif self.moving:
+            raise UserError(f"clips are read from a folder or a table, not from the stream {spec.place}: unpack it")
+        else:
+            self.captions, self.n = None, None
+        self.tally = Tally(f"{'clips' if self.moving else 'images'} of {spec.place}", self.n)
+        if self.moving:
+            frame = model.stock_size
+            self.frames, self.size = frame["num_frames"], (frame["height"], frame["width"])
+        else:
+            self.size = tuple(n * (getattr(model, "scale", 0) or model.pipe.vae_scale_factor) for n in model.shape[-2:])
+        self.shapes, self.bucket = [self.size], None
+        if spec.buckets:
+            self._open_buckets()
+        self.cache = open_cache(model.storage, "latents", str(model.name), self.facts() if model.storage.folder else {})
+        if self.stream is None:          # reading the first rows of a stream would be in the way of one that resumes
+            self._read(list(range(min(self.n, 4))))      # a set that is no set of pictures stops before step 1
+
+    def facts(self) -> dict:
+        """What decides the latents of a picture."""
+        vae = self.model.pipe.vae
+        return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint({"vae": vae}), "family": self.model.family,
+                "precision": str(next(vae.parameters()).dtype), "size": self.shapes, "frames": [self.frames, self.spec.fps] if self.moving else 1,
+                "format": FORMAT}
+
+    @property
+    def order(self):
+        """order(numbers, seed, batch) where sample numbers are not simply shuffled (see backbones.Source)."""
+        if self.stream is not None:
+            return lambda numbers, seed, batch: self.stream.order(numbers, seed)
+        return self.bucket and buckets.Order(torch.tensor(self.bucket))
+
+    def _open_buckets(self) -> None:
+        if self.stream is not None:
+            raise UserError(f"buckets need the sizes of all pictures, and {self.spec.place} is a stream: add &stream=no, or drop buckets")
+        least = self.model.pipe.vae_scale_factor * 2        # the networks cut latents in patches of 2, or halve them
+        step = -(-self.size[0] // 16 // least) * least if self.size[0] >= 16 * least else least
+        self.shapes = buckets.shapes(self.size[0], step)
+        found = list(self.pool.map(self._size, range(self.n)))
+        self.bucket = [buckets.nearest(*size, self.shapes) if size else 0 for size in found]
+
+    def _size(self, position: int) -> tuple[int, int] | None:
+        """(height, width) of a picture as it is meant to be seen, from its header; None where it has none."""
+        import io
+
+        import PIL.Image
+        try:
+            with PIL.Image.open(io.BytesIO(_bytes(self.table[position][self.column]))) as image:
+                width, height = image.size
+                return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
+        except Exception:        # what it is will be said when it is decoded
+            return None
+
+    # ------------------------------------------------------------------------------------------------ reading
+    def __call__(self, positions: list[int]) -> tuple[list[str], Tensor]:
+        items = self._read(positions)
+        known = self.cache.get([key for key, _, _ in items])
+        fresh = {}
+        for key, (entry, shape, pixels), _ in items:
+            if key not in known and key not in fresh:
+                fresh[key] = self._decode(entry, shape) if pixels is None else pixels       # None: it went from the cache just now
+        known |= self._encode(fresh)
+        return [caption for _, _, caption in items], torch.stack([known[key]["x0"] for key, _, _ in items])
+
+    def _read(self, positions: list[int]) -> list[tuple]:
+        """(key, (entry, shape, pixels or None where cached), caption) of what stands at the positions."""
+        out, todo = [None] * len(positions), list(enumerate(positions))
+        self.tally.read(len(positions))
+        while todo:
+            rows = self._rows([p for _, p in todo])
+            made = self.pool.map(self._open, [p for _, p in todo], rows)
+            later = []
+            for (slot, p), row, item in zip(todo, rows, made):
+                if isinstance(item, Exception | str):
+                    if item != "known":
+                        self.tally.skip(p, row["name"] or f"item {p}", item)
+                    later.append((slot, (p + 1) % self.n if self.n else p + 1))
+                else:
+                    out[slot] = (*item, row["caption"])
+            todo = later
+        return out
+
+    def _rows(self, positions: list[int]) -> list[dict]:
+        if self.stream is not None:
+            return _captioned(self.stream, positions)
+        entries = [self.table[p][self.column] for p in positions]
+        path = lambda e: e if isinstance(e, str) else (e or {}).get("path") or ""
+        return [{"image": e, "caption": self.captions[p], "name": Path(path(e)).name} for p, e in zip(positions, entries)]
+
+    def _open(self, position: int, row: dict):
+        """(key, (entry, shape, pixels or None)) of one row, or what is wrong with it; runs in a thread."""
+        if position in self.tally.bad:
+            return "known"
+        shape = self.shapes[self.bucket[position]] if self.bucket else self.size
+        try:
+            key = self.keys.get(position)
+            if key is None:
+                key = digest(_bytes(row["image"]), f"{shape} {self.frames if self.moving else 1} {self.spec.fps}")
+                if self.stream is None:
+                    self.keys[position] = key
+            return key, (row["image"], shape, None if key in self.cache else self._decode(row["image"], shape))
+        except UserError:
+            raise
+        except Exception as error:  # Pillow and PyAV raise OSError, SyntaxError, struct.error and more
+            return error
+
+    def _decode(self, entry: dict, shape: tuple[int, int]) -> Tensor:
+        """uint8 [3, H, W], or [3, F, H, W] of a clip."""
+        from . import _decode
+        if self.moving:
+            return clips.decode(_bytes(entry), self.frames, shape, self.spec.fps)
+        return torch.from_numpy(_decode(entry, shape, 3).copy()).permute(2, 0, 1)
+
+    def _encode(self, fresh: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """key -> {"x0": latents} of the pictures, encoded now."""
+        picture = lambda pixels: self.model.encode(pixels[None].float().div_(127.5).sub_(1))[0].cpu()
+        made = {key: {"x0": picture(pixels)} for key, pixels in fresh.items()}
+        self.cache.put(made)
+        return made
+
+
+def _undecoded(table, column: str):
+    """The table with entries {"bytes", "path"} in its column."""
+    from datasets import Image, Video
+    kind = {"image": Image, "video": Video}[column]
+    table = table.select_columns(column)
+    return table.cast_column(column, kind(decode=False)) if isinstance(table.features[column], kind) else table
+
+
+def _bytes(entry) -> bytes:
+    """The file behind an entry of a table: {"bytes", "path"}, or a path."""
+    if isinstance(entry, str):
+        return Path(entry).read_bytes()
+    if entry is None:
+        raise ValueError("no picture in this row")
+    return entry["bytes"] or Path(entry["path"]).read_bytes()

@@ -1,0 +1,82 @@
+"""What `--data` may say: a place, and after a question mark what to know about it.
+
+    prompts.txt            photos/            user/name:validation            shards/{000..010}.tar
+    user/name:train?caption=TEXT&image=jpg&stream=no          photos/?buckets=yes          clips/?fps=16
+
+caption, image, video: the column (or `column.key` of a column of objects) where it is not one of the usual names;
+stream: read forwards without downloading (Hub sets and shards: yes) or as a whole (all else); buffer: rows of a stream that are
+shuffled among each other; buckets: pictures keep their aspect ratio (see `buckets`); fps: frames a second that clips are thinned to."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from ..errors import UserError
+
+FLAGS = {"yes": True, "no": False}
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    place: str                    # path, pattern, Hub id or built-in name; the last two may end in :split
+    caption: str = ""
+    image: str = ""
+    video: str = ""
+    stream: bool | None = None    # None: as the kind of place has it
+    buffer: int = 1024
+    buckets: bool = False
+    fps: float = 0.0              # 0: every frame
+
+    @property
+    def shards(self) -> list[Path]:
+        """The tar files the place names, in order; none where it names something else. Raises UserError for one that is not there."""
+        if not self.place.endswith(".tar"):
+            return []
+        names, found = expand(self.place), []
+        for name in names:
+            path = Path(name)
+            matches = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", path.name) else [path] if path.is_file() else []
+            if not matches:
+                raise UserError(f"there is no shard {name}: check --data {self.place}")
+            found += matches
+        return found
+
+
+def expand(pattern: str) -> list[str]:
+    """`a{08..11}` as a08, a09, a10, a11: digits keep their width."""
+    found = BRACES.search(pattern)
+    if not found:
+        return [pattern]
+    low, high = found.groups()
+    if int(low) > int(high):
+        raise UserError(f"{{{low}..{high}}} counts backwards in --data {pattern}: write the smaller number first")
+    middle = (str(i).zfill(len(low)) for i in range(int(low), int(high) + 1))
+    return [whole for part in middle for whole in expand(pattern[: found.start()] + part + pattern[found.end():])]
+
+
+def parse(text: str | Path) -> Spec:
+    """A Spec from what the user wrote. Raises UserError for options that do not exist."""
+    text = str(text)
+    place, mark, query = text.rpartition("?")
+    if not mark or "=" not in query or Path(text).exists():
+        return Spec(text)
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    known = {f.name: f for f in fields(Spec) if f.name != "place"}
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"--data has no option {name!r} ({text}): it has {', '.join(known)}")
+        if name in ("stream", "buckets"):
+            if value not in FLAGS:
+                raise UserError(f"--data {text}: {name} is yes or no, not {value!r}")
+            options[name] = FLAGS[value]
+        elif name in ("buffer", "fps"):
+            try:
+                options[name] = {"buffer": int, "fps": float}[name](value)
+            except ValueError:
+                raise UserError(f"--data {text}: {name} is a number, not {value!r}") from None
+            if options[name] <= 0:
+                raise UserError(f"--data {text}: {name} must be above 0")
+    return Spec(place, **options)

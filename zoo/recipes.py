@@ -1,0 +1,103 @@
+"""Published configurations by family of teachers, for people who distil their own model: `--recipe auto` takes the one of the teacher's family
+and the script's kind of method, and a run that takes none is told what it is and where it deviates.
+
+Only what the named source says stands in a row (a fact that could not be read there is left out, such as batches that hang on an unnamed
+number of GPUs), in this project's terms: guidance w is D_u + w (D_c - D_u), batch is global. Rows were made for other data, losses and
+hardware than yours: they are where to begin, not a promise. Families without a row: no configuration of theirs was found that could be read."""
+from __future__ import annotations
+
+import sys
+
+DIFFUSERS = "huggingface/diffusers examples/consistency_distillation"
+# (family, kind of method in the registry, or a method's name) -> settings with their source.
+RECIPES: dict[tuple[str, str], dict] = {
+    # README.md as of pull request 6304 (its rate of 1e-6 became 1e-4): one GPU, 12 pictures, rank 64, 1000 steps, no weight decay
+    ("sd", "trajectory"): dict(source=f"LCM-LoRA, {DIFFUSERS}/README.md with pull request 6304", batch=12, lr=1e-4, lora=64, steps=1000, weight_decay=0.0),
+    # README_sdxl.md: the same for SDXL
+    ("sdxl", "trajectory"): dict(source=f"LCM-LoRA, {DIFFUSERS}/README_sdxl.md", batch=12, lr=1e-4, lora=64, steps=1000, weight_decay=0.0),
+    # The official scripts of DMD2 (tianweiy/DMD2), as in the recipes of train_dmd.py
+    ("sd", "distribution matching"): dict(source="DMD2, Yin et al. 2024, App.; official SD1.5 script", batch=2048, lr=1e-5, critic_lr=1e-5, critic_updates=10,
+                                          guidance=1.75, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, steps=40_000),
+    ("sdxl", "distribution matching"): dict(source="DMD2, Yin et al. 2024, Sec. 5.2; official SDXL script", batch=128, lr=5e-7, critic_lr=5e-7,
+                                            critic_updates=5, guidance=8.0, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, steps=19_000),
+    # configs/pixart_config/PixArt_xl2_img1024_lcm.py: batch 16 with LoRA of rank 32, AdamW 2e-5, 100 steps of warm-up, clip 0.01, scale 4.5
+    ("pixart", "trajectory"): dict(source="PixArt-alpha/PixArt-alpha configs/pixart_config/PixArt_xl2_img1024_lcm.py", batch=16, lr=2e-5, lora=32, warmup=100,
+                                   weight_decay=0.0, max_grad_norm=0.01, guidance=4.5),
+    # examples/configs/flash_pixart.yaml: rank 64, both rates 1e-5, four stages of 10,000 steps; guidance is drawn from [2, 9], its middle here
+    ("pixart", "distribution matching"): dict(source="Flash Diffusion (with a DMD term), gojasper/flash-diffusion examples/configs/flash_pixart.yaml", lr=1e-5,
+                                              critic_lr=1e-5, lora=64, guidance=5.5, steps=40_000),
+    # examples/configs/flash_sd3.yaml: rank 64, both rates 1e-5, four stages of 5,000 steps; guidance is drawn from [7, 13], its middle here
+    ("sd3", "distribution matching"): dict(source="Flash Diffusion (with a DMD term), gojasper/flash-diffusion examples/configs/flash_sd3.yaml", lr=1e-5,
+                                           critic_lr=1e-5, lora=64, guidance=10.0, steps=20_000),
+    # configs/sana_sprint_config/1024ms/SanaSprint_600M_1024px_allqknorm_bf16_scm_ladd.yaml: CAME at 2e-6 (AdamW here), clip 0.1, warm-up 5000,
+    # times of P = (0.2, 1.6), guidance drawn from 4, 4.5, 5; the tangent is warmed up over 4000 steps
+    ("sana", "trajectory"): dict(source="SANA-Sprint, NVlabs/Sana configs/sana_sprint_config/1024ms/SanaSprint_600M_1024px_allqknorm_bf16_scm_ladd.yaml",
+                                 lr=2e-6, warmup=5000, weight_decay=0.0, max_grad_norm=0.1, guidance=4.5),
+    ("sana", "scm"): dict(source="SANA-Sprint, NVlabs/Sana configs/sana_sprint_config/1024ms/SanaSprint_600M_1024px_allqknorm_bf16_scm_ladd.yaml",
+                          lr=2e-6, warmup=5000, weight_decay=0.0, max_grad_norm=0.1, guidance=4.5, mean=0.2, std=1.6, sigma_data=0.5, tangent_warmup=4000),
+    # configs/piflux/gmflux_k8_datafree_piid_4step_32gpus.py: 32 GPUs x 2, rank 256, scale 3.5, times shifted by 3.2, 3000 steps (its rate lies in a
+    # file that could not be read)
+    ("flux", "trajectory"): dict(source="pi-Flow, Lakonik/piFlow configs/piflux/gmflux_k8_datafree_piid_4step_32gpus.py", batch=64, lora=256, guidance=3.5,
+                                 flow_shift=3.2, steps=3000),
+    # As in the recipe of train_arcflow.py
+    ("qwen_image", "trajectory"): dict(source="ArcFlow, official configs/qwen/arcqwen_2nfe_k16.py and README (4 GPUs x 4)", batch=16, lr=1e-4, lora=256,
+                                       guidance=4.0, steps=15_000),
+    # README of lightx2v/Qwen-Image-Lightning: "We use shift=3 in distillation"; nothing else of its training is published there
+    ("qwen_image", "distribution matching"): dict(source="lightx2v/Qwen-Image-Lightning README.md (the shift alone)", flow_shift=3.0),
+    # examples/distill/Wan2.1-T2V/Wan-Syn-Data-480P/distill_dmd_t2v_1.3B.sh: 6 GPUs x 1, one student step in 5, shift 8, times in [0.02, 0.98]; its
+    # guidance 3.5 is left out, since the file does not say which convention it is counted in
+    ("wan", "distribution matching"): dict(source="DMD, hao-ai-lab/FastVideo examples/distill/Wan2.1-T2V/Wan-Syn-Data-480P/distill_dmd_t2v_1.3B.sh", batch=6,
+                                           lr=2e-6, critic_updates=5, weight_decay=0.01, max_grad_norm=1.0, flow_shift=8.0, t_min=0.02, t_max=0.98, steps=4000),
+}
+
+
+def published(family: str, method: str, fields: set[str]) -> dict:
+    """Settings with their source for teachers of `family` and the script `method`, those among `fields` alone; {} where there is none."""
+    from . import registry
+    kind = next((m.family for m in registry.METHODS if m.name == method), "")
+    row = RECIPES.get((family, method)) or RECIPES.get((family, kind)) or {}
+    kept = {k: v for k, v in row.items() if k in fields}
+    if "shift" in fields:                    # a script that moves its times itself is not moved twice
+        kept.pop("flow_shift", None)
+    return kept | {"source": row["source"], "time_budget": 0.0} if kept else {}
+
+
+def _fields(config) -> set[str]:
+    import dataclasses
+    return {f.name for f in dataclasses.fields(config)}
+
+
+def automatic(config, argv: list[str]) -> dict:
+    """What `--recipe auto` stands for: `published` for the --teacher of a command line. Raises UserError when there is none."""
+    from . import backbones
+    from .errors import UserError
+    teacher = next((argv[i + 1] if a == "--teacher" else a.split("=", 1)[1] for i, a in enumerate(argv)
+                    if (a == "--teacher" and i + 1 < len(argv)) or a.startswith("--teacher=")), config().teacher)
+    family = "" if teacher in backbones.BUILT_IN or teacher.startswith("toy") else family_of(teacher)
+    found = published(family, config.method, _fields(config)) if family else {}
+    if not found:
+        known = sorted({f for f, _ in RECIPES})
+        what = f"the {family} family with a method like {config.method}" if family else f"the teacher {teacher}"
+        raise UserError(f"--recipe auto: no published configuration of {what} is known (families with one: {', '.join(known)}): "
+                        "leave it out, the script's own defaults are for small runs")
+    return found
+
+
+def family_of(teacher: str) -> str:
+    """Family of a diffusers folder or Hub id, from its model_index.json alone."""
+    from . import backbones
+    folder, _ = backbones._locate(teacher)
+    kind = backbones._pipeline_class(folder, teacher)
+    backbones.adapter(kind, teacher)
+    return backbones.FAMILIES[kind].partition(":")[0]
+
+
+def suggest(cfg, model) -> None:
+    """Say once, on stderr, what was published for this family where a run takes no recipe and the teacher is the user's own."""
+    from .backbones import BUILT_IN
+    if cfg.recipe or model.name in BUILT_IN or getattr(model, "pipe", None) is None or cfg.dry_run:
+        return
+    found = published(model.family, cfg.method, _fields(cfg))
+    rows = [f"{k} {v} (here {getattr(cfg, k)})" for k, v in found.items() if k not in ("source", "time_budget") and getattr(cfg, k) != v]
+    if rows:
+        print(f"published for {model.family}: {', '.join(rows)} -- {found['source']}; --recipe auto takes it", file=sys.stderr)
