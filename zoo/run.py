@@ -403,9 +403,15 @@ class Run:
                 signal.signal(s, h)
             if self.rank == 0:
                 self._log_file.flush()
-        self.accelerator.end_training()
+        self._leave()
 
     # ------------------------------------------------------------------------------------------------ housekeeping
+    def _leave(self):
+        """Close the trackers and the group of ranks."""
+        self.accelerator.end_training()
+        if self.sharded and not torch.distributed.is_initialized():
+            sharding.release_groups()
+
     def _settle(self):
         if self.sharded:
             for module in {id(m): m for m in (self.model.module, *(t.net.module for t in self.trainees.values()))}.values():

@@ -13,6 +13,7 @@ know how many ranks wrote it. DeepSpeed and the first FSDP are refused: both wan
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from contextlib import contextmanager
 from typing import Iterable
@@ -139,6 +140,19 @@ def rest(module: nn.Module) -> None:
     settle(module)
     if is_cut(module) and hasattr(module, "reset_iter_state") and module._get_fsdp_state()._is_root:       # None before its first call
         module.reset_iter_state()
+
+
+def release_groups() -> None:
+    """After the group of ranks was destroyed: drop what cut networks and torch's caches still hold of it. Threads of gloo end with the last
+    reference; those alive when the interpreter ends abort the process now and then."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+
+    for held in gc.get_objects():
+        if isinstance(held, DeviceMesh):
+            held.__dict__.get("_pg_registry", {}).clear()
+        elif isinstance(held, FSDPMeshInfo):
+            held.shard_process_group = None
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
