@@ -54,6 +54,9 @@ def methods() -> list:
     return [m for m in registry.methods() if m.modality in ("image", "video")]
 
 
+VIDEO = ("wan", "cogvideox", "ltx")
+
+
 class World:
     """Folders of the teachers, prompts and pictures, made when asked for."""
 
@@ -65,6 +68,21 @@ class World:
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
             self.known[name][0](folder)
+        return str(folder)
+
+    def clips(self) -> str:
+        """Animated pictures with captions, long enough for every tiny video teacher."""
+        folder = self.root / "clips"
+        if not folder.exists():
+            import numpy as np
+            from PIL import Image
+            folder.mkdir()
+            g, rows = np.random.default_rng(0), []
+            for i in range(6):
+                frames = [Image.fromarray(g.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(17)]
+                frames[0].save(folder / f"{i}.gif", save_all=True, append_images=frames[1:], duration=100)
+                rows.append({"file_name": f"{i}.gif", "caption": f"a red tree {i}"})
+            (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         return str(folder)
 
     def data(self, images: bool) -> str:
@@ -95,7 +113,7 @@ def life(world: World, name: str, method, form: str, out: Path) -> dict:
     script = importlib.import_module(Path(method.script).stem)
     images = method.needs.startswith("images")
     prompted = "prompt" in _call(world, name, _stock_class(world, name))
-    cfg = script.Config(teacher=world.teacher(name), data=world.data(images) if images or prompted else "", batch=2, steps=2, lora=FORMS[form],
+    cfg = script.Config(teacher=world.teacher(name), data=(world.clips() if images and name in VIDEO else world.data(images)) if images or prompted else "", batch=2, steps=2, lora=FORMS[form],
                         output_dir=str(out), sample_every=0, measure_every=2, checkpoint_every=1, mixed_precision="no", guidance=2.0,
                         **{"time_budget": 0, **TINY.get(method.name, {})})
     run = script.main(cfg)
