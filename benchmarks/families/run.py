@@ -238,14 +238,22 @@ def markdown(rows: list[dict]) -> str:
         if r["outcome"] != "ok":
             text = re.sub(r"(--teacher )?\.\.\./teachers/\w+", "the teacher", r["why"].replace("UserError: ", ""))      # one line for all that say the same
             text = re.sub(r"the \w+ family", "its family", text)
-            why.setdefault((r["outcome"], text), {}).setdefault(r["teacher"], []).append(f"{r['script']} ({r['form']})")
-    said = {"unsupported": "not supported", "failed": "fails"}
-    notes = [f"- {said[kind]}, {'; '.join(f'{t}: ' + ', '.join(sorted(s)) for t, s in sorted(where.items()))}: {text}" for (kind, text), where in sorted(why.items())]
+            why.setdefault((r["outcome"], text), {}).setdefault(r["teacher"], {}).setdefault(r["script"], []).append(r["form"])
+    notes = [f"- {note(kind, where)}: {text}" for (kind, text), where in sorted(why.items())]
     versions = sorted({f"torch {r['torch']}, diffusers {r['diffusers']}" for r in rows})
     tried, every = len(rows), len(cases([], []))
     head = ("Cells count cases (a script with LoRA or with full weights) that lived their whole life on a tiny randomly initialised teacher: "
             f"{f'all {tried}' if tried >= every else f'{tried} of {every}'} cases, {len(scripts)} scripts ({'; '.join(versions)}).")
     return "\n".join([head, "", *lines, *([""] + notes if notes else [])])
+
+
+def note(kind: str, where: dict[str, dict[str, list]]) -> str:
+    """where: {teacher: {script: forms}}; teachers of which the same is said stand together, a form is named where it is not both."""
+    alike: dict[str, list] = {}
+    for teacher, scripts in sorted(where.items()):
+        alike.setdefault(", ".join(s if len(forms) == len(FORMS) else f"{s} ({forms[0]})" for s, forms in sorted(scripts.items())), []).append(teacher)
+    said = {"unsupported": "not supported", "failed": "fails"}
+    return f"{said[kind]}, " + "; ".join(f"{scripts} ({', '.join(teachers)})" for scripts, teachers in alike.items())
 
 
 def refresh(text: str, rows: list[dict]) -> str:
