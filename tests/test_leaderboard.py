@@ -100,11 +100,13 @@ def calls(out) -> int:
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_one_step_by_hand(tmp_path, pixel, name, monkeypatch):
-    from zoo import data
-    monkeypatch.setattr(data, "load", lambda *a: (torch.rand(16, 1, 8, 8) * 2 - 1, type("T", (), {"column_names": []})()))
+def test_one_step_by_hand(tmp_path, pixel, name):
+    from PIL import Image
+    for i in range(16):
+        (tmp_path / f"images/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 16 * i).save(tmp_path / f"images/{i % 2}/{i}.png")
     out = tmp_path / "run"
-    done = SCRIPTS[name].main(config(name, out, pixel, steps=1, guidance=2.0))
+    done = SCRIPTS[name].main(config(name, out, pixel, steps=1, guidance=2.0, data=str(tmp_path / "images")))
     assert done.calls == calls(out) == 8 * BY_HAND[name]              # sampling and measuring are not training
     assert [json.loads(r)["calls"] for r in (out / "metrics.jsonl").read_text().splitlines()] == [done.calls]
 

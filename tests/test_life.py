@@ -28,7 +28,7 @@ def world(tmp_path_factory):
     rows = []
     for i in range(40):
         Image.fromarray(g.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(root / "images" / f"{i:03d}.png")
-        rows.append({"file_name": f"{i:03d}.png", "caption": f"noto picture {i}"})
+        rows.append({"file_name": f"{i:03d}.png", "caption": f"noto picture {i}", "label": i % 4})
     (root / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (root / "prompts.txt").write_text("a red heart\na blue cat\n\na green tree\n")
     return root

@@ -37,6 +37,7 @@ from zoo.run import Run, RunConfig, cli
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "flow_map"
+    two_times: ClassVar[bool] = True
     recipes: ClassVar[dict] = {
         "cifar10": dict(source="Boffi et al. 2025 (self-distillation, batch 512, 75 % of it on the diagonal; its rate of 1e-2 is for "
                                "magnitude-preserving networks and not taken over)",
@@ -56,7 +57,7 @@ class Config(RunConfig):
 def lagrangian(u, velocity, x_t, t, r, how, h):
     """d/dr X - sg v(X, r), with gradient through the derivative; velocity(x, t) a function."""
     X = lambda r: x_t - per_sample(t - r, x_t) * u(x_t, t, r)
-    with torch.autocast(x_t.device.type, enabled=False):       # a difference of nearby values: float32
+    with calculus.full_precision(x_t.device.type):             # a difference of nearby values
         if how == "jvp":
             with sdpa_kernel(SDPBackend.MATH):
                 x_r, dX = torch.func.jvp(X, (r,), (torch.ones_like(r),))

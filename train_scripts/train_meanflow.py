@@ -11,8 +11,8 @@ NeurIPS 2025 -- https://arxiv.org/abs/2505.13447
 Departures from the paper: distilled, v is the (marginal, guided) velocity of a frozen teacher and not eps - x0, which removes
 the target's variance and the classifier-free mixing of Sec. 4.2; the student is the teacher's network read as a rectified
 flow, with a second time added at zero; a quarter of the pairs have r = t (the paper trains from scratch with 75 %); the
-derivative is a central difference by default (--derivative jvp is exact, for networks that have forward mode), since embeddings of
-1000 t are too stiff for smaller steps; t stays h away from the ends.
+derivative is a central difference by default (--derivative jvp is exact, for networks that have forward mode), its step chosen by how
+stiff in time the teacher is (calculus.time_step); t stays h away from the ends.
 
     accelerate launch train_scripts/train_meanflow.py                                  # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_meanflow.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --data user/images
@@ -31,6 +31,7 @@ from zoo.run import Run, RunConfig, cli
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "meanflow"
+    two_times: ClassVar[bool] = True
     recipes: ClassVar[dict] = {
         "imagenet-b4": dict(source="Geng et al. 2025, Tab. 1 and App. A (batch 256, lr 1e-4, logit-normal(-0.4, 1), p = 1, 75 % r = t)",
                             batch=256, lr=1e-4, betas=(0.9, 0.95), equal=0.75, mean=-0.4, std=1.0, power=1.0, constant=1e-3, ema=0.9999, time_budget=0.0,
@@ -45,7 +46,7 @@ class Config(RunConfig):
     power: float = 1.0                     # p of the adaptive weight
     constant: float = 1e-3                 # c of the adaptive weight
     derivative: Literal["fd", "jvp"] = "fd"
-    h: float = 5e-3                        # step of the central difference, and distance kept from t = 0 and 1
+    h: float = 0.0                         # step of the central difference, and distance kept from t = 0 and 1; 0: 2e-4, or 5e-3 for a stiff teacher
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -64,17 +65,18 @@ def main(cfg: Config) -> Run:
     G = run.train("student", view(net, flow), cfg.lr)
     run.watch(G, cfg.student_times, two_time=True)
     data = model.batches(images=True)
+    h = calculus.time_step(run, flow, cfg.h, coarse=5e-3)
 
     def mean_flow_loss(batch):
         a, b = (times.logit_normal(batch.rand(), cfg.mean, cfg.std) for _ in range(2))
         t, r = times.ordered_pair(a, b, batch.rand(), cfg.equal)
-        t = t.clamp(cfg.h, 1 - cfg.h)
+        t = t.clamp(h, 1 - h)
         r = torch.minimum(r, t)
         x_t = flow.noise(batch.x0, batch.randn(), t)
         with torch.no_grad():
             v = losses.guided(real, x_t, t, batch.cond, batch.uncond, model.guidance, to="velocity")
         u = lambda x, t, r: G(x, t, batch.cond, r=r, to="velocity")
-        target = average_velocity_target(u, v, x_t, t, r, cfg.derivative, cfg.h)
+        target = average_velocity_target(u, v, x_t, t, r, cfg.derivative, h)
         squared = (u(x_t, t, r) - target).pow(2).flatten(1).sum(1)
         return {"loss": losses.adaptive(squared, cfg.power, cfg.constant), "squared": squared.mean()}
 

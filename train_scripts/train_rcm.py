@@ -12,10 +12,10 @@ ICLR 2026 -- https://arxiv.org/abs/2510.08431
     where rollout is f after 1 to 4 steps from noise at random falling times, re-noised in between, the last step alone graded.
 
 Departures from the paper: the teacher's network is any, read as TrigFlow by equal signal-to-noise ratio; the derivative of F is by default
-the discrete form of the official code, one step back along the circle with a step h of 1e-2 and not 1e-4, since embeddings of 1000 t are
-too stiff for smaller ones (--derivative jvp is exact, for networks that have forward mode), in float32 whatever the precision of
-training; no tangent warm-up; lambda is larger in the quick start, where samples have a thousandth of a video's elements: |g| does not grow with
-their number N and |d| grows like its square root; constant decay of the average; the critic's times keep 0.02 from both ends of the flow.
+the discrete form of the official code, one step of 1e-4 back along the circle, or of 1e-2 for teachers that are stiff in time
+(calculus.time_step; --derivative jvp is exact, for networks that have forward mode), in float32 whatever the precision of training; no
+tangent warm-up; lambda is larger in the quick start, where samples have a thousandth of a video's elements: |g| does not grow with their
+number N and |d| grows like its square root; constant decay of the average; the critic's times keep 0.02 from both ends of the flow.
 
     accelerate launch train_scripts/train_rcm.py                                       # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_rcm.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --lora 64 --data user/images
@@ -54,7 +54,7 @@ class Config(RunConfig):
     shift: float = 3.0                     # times of the score term and of rollouts: uniform flow times, shifted towards noise
     tangent_c: float = 0.1                 # c of the tangent normalisation
     derivative: Literal["fd", "jvp"] = "fd"
-    h: float = 1e-2                        # step of the difference in t, and distance kept from both ends
+    h: float = 0.0                         # step of the difference in t, and distance kept from both ends; 0: 1e-4, or 1e-2 for a stiff teacher
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -87,6 +87,7 @@ def main(cfg: Config) -> Run:
     knots = torch.tensor(cfg.student_times) * model.process.t_max
     run.watch(F, knots)
     noisiest = flow.time(model.process.angle(knots[0])).item()
+    h = calculus.time_step(run, flow, cfg.h, coarse=1e-2, fine=1e-4)
     data = model.batches(images=True)
 
     def score_time(batch):
@@ -105,12 +106,12 @@ def main(cfg: Config) -> Run:
         return {"loss": loss, "denoising": loss}
 
     def student_loss(batch):
-        t = torch.atan(torch.exp(cfg.mean + cfg.std * batch.randn(1)[:, 0])).clamp(cfg.h, noisiest - cfg.h)
+        t = torch.atan(torch.exp(cfg.mean + cfg.std * batch.randn(1)[:, 0])).clamp(h, noisiest - h)
         x_t = flow.noise(batch.x0, batch.randn(), t)
         velocity = lambda x, t: F(x, t, batch.cond, to="velocity")
-        with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False):      # differences of nearby values: float32
+        with torch.no_grad(), calculus.full_precision(x_t.device.type):      # differences of nearby values
             dx = losses.guided(real, x_t, t, batch.cond, batch.uncond, model.guidance, to="velocity")
-            g = tangent(velocity, x_t, t, dx, cfg.derivative, cfg.h)
+            g = tangent(velocity, x_t, t, dx, cfg.derivative, h)
         loss = consistency = losses.along(velocity(x_t, t), losses.bounded(g, cfg.tangent_c))
         logged = {"consistency": consistency, "tangent": g.flatten(1).norm(dim=1).mean()}
         if run.step >= cfg.dmd_after:

@@ -12,8 +12,8 @@ ICLR 2025 -- https://arxiv.org/abs/2410.11081
 Departures from the paper: distillation (sCD) only; the adaptive weight e^w(t) is not a network but its own minimiser for tangents of
 unit length, which cancels the prior weight 1 / (s tan t) and leaves 1; the teacher's architecture is taken as it is
 and read through its own time embedding by equal signal-to-noise ratio, so that the total derivative is a central difference by default (--derivative jvp
-is exact, for networks that have forward mode), in float32 whatever the precision of training; sigma_data = 1 fits latents;
-the warm-up is 100 steps and not 10 000 in the quick start.
+is exact, for networks that have forward mode), in float32 whatever the precision of training, its step chosen by how stiff in time the teacher is
+(calculus.time_step); sigma_data = 1 fits latents; the warm-up is 100 steps and not 10 000 in the quick start.
 
     accelerate launch train_scripts/train_scm.py                                       # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_scm.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --data user/images --derivative jvp
@@ -47,7 +47,7 @@ class Config(RunConfig):
     tangent_warmup: int = 100              # steps over which r grows to 1
     tangent_c: float = 0.1                 # c of the tangent normalisation
     derivative: Literal["fd", "jvp"] = "fd"
-    h: float = 1e-2                        # step of the central difference in t, and distance kept from both ends
+    h: float = 0.0                         # step of the central difference in t, and distance kept from both ends; 0: 2e-4, or 1e-2 for a stiff teacher
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -67,16 +67,17 @@ def main(cfg: Config) -> Run:
     knots = torch.tensor(cfg.student_times) * model.process.t_max
     run.watch(F, knots)
     noisiest = flow.time(model.process.angle(knots[0])).item()
+    h = calculus.time_step(run, flow, cfg.h, coarse=1e-2)
     data = model.batches(images=True)
 
     def consistency_loss(batch):
         ratio = torch.exp(cfg.mean + cfg.std * batch.randn(1)[:, 0])
-        t = torch.atan(ratio / cfg.sigma_data).clamp(cfg.h, noisiest - cfg.h)
+        t = torch.atan(ratio / cfg.sigma_data).clamp(h, noisiest - h)
         x_t = flow.noise(batch.x0, batch.randn(), t)
         velocity = lambda x, t: F(x, t, batch.cond, to="velocity")
-        with torch.no_grad(), torch.autocast(x_t.device.type, enabled=False):      # differences of nearby values: float32
+        with torch.no_grad(), calculus.full_precision(x_t.device.type):      # differences of nearby values
             dx = losses.guided(real, x_t, t, batch.cond, batch.uncond, model.guidance, to="velocity")
-            g = tangent(velocity, x_t, t, dx, min(1.0, run.step / max(cfg.tangent_warmup, 1)), cfg.derivative, cfg.h)
+            g = tangent(velocity, x_t, t, dx, min(1.0, run.step / max(cfg.tangent_warmup, 1)), cfg.derivative, h)
         loss = losses.along(velocity(x_t, t) / cfg.sigma_data, losses.bounded(g, cfg.tangent_c))
         return {"loss": loss, "tangent": g.flatten(1).norm(dim=1).mean()}
 

@@ -32,6 +32,7 @@ from zoo.run import Run, RunConfig, cli
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "split_meanflow"
+    two_times: ClassVar[bool] = True
     recipes: ClassVar[dict] = {}           # the paper's batch, rate and length are not published
     steps: int = 2000
     time_budget: float = 150.0

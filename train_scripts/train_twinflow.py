@@ -37,6 +37,7 @@ from zoo.run import Run, RunConfig, cli
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "twinflow"
+    two_times: ClassVar[bool] = True
     recipes: ClassVar[dict] = {
         "sd35": dict(source="official sd_task configuration (SD3.5, lr 1e-5, enhanced ratio .8, order 2, average .99)", lr=1e-5, guidance=5.0,
                      order=2, target_decay=0.99, rectify=0.5, time_budget=0.0),

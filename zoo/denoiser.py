@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.checkpoint import checkpoint
 
-from . import sharding
+from . import compiled, sharding
 from .critics import GanHead, Heads
 from .process import Pred, Process
 
@@ -47,6 +47,13 @@ class Calls:
         self.total += len(out) * (1 + along + 2 * differentiated)
         return out
 
+    @contextmanager
+    def paused(self):
+        """Inside, calls are not counted: what only looks at a network is not training."""
+        before = self.total
+        yield
+        self.total = before
+
 
 CALLS = Calls()
 
@@ -76,9 +83,29 @@ class SlotEmbedding(nn.Module):
     def forward(self, sample, condition=None):
         condition = self.condition if condition is None else condition
         if condition is not None:
-            sample = sample + self.cond_proj(condition.to(sample))
+            extra = self.cond_proj(condition.to(sample))
+            sample = sample + (extra if extra.ndim == sample.ndim else extra[:, None])       # one time per token [B, N, width]: the same for all
         sample = self.linear_2(self.act(self.linear_1(sample)))
         return sample if self.post_act is None else self.post_act(sample)
+
+
+class SlotSequence(nn.Sequential):
+    """`SlotEmbedding` for a time embedding that is a plain sequence of layers (Z-Image): they keep their names, `cond_proj` stands behind
+    them and is added to what the first one reads."""
+
+    def __init__(self, layers: nn.Sequential):
+        super().__init__(*layers)
+        self.cond_proj = nn.Linear(SLOT_DIM, layers[0].in_features, bias=False)
+        nn.init.zeros_(self.cond_proj.weight)
+        self.cond_proj.to(layers[0].weight)
+        self.condition: Tensor | None = None
+
+    def forward(self, sample):
+        if self.condition is not None:
+            sample = sample + self.cond_proj(self.condition.to(sample))
+        for layer in list(self)[:-1]:
+            sample = layer(sample)
+        return sample
 
 
 def add_slot(module: nn.Module) -> None:
@@ -91,12 +118,18 @@ def add_slot(module: nn.Module) -> None:
         module.time_embedding = slot
 
 
-def fold_slot(module: nn.Module, value: float) -> None:
-    """Remove the slot by fixing its scalar: its projection becomes a constant in linear_1's bias. Exact (r = 0 fold)."""
+def fold_slot(module: nn.Module, value: float, one: Tensor | None = None) -> None:
+    """Remove the slot by fixing its scalar: its projection becomes a constant in linear_1's bias. Exact (r = 0 fold).
+
+    one [in_features]: for a linear_1 without a bias, the combination of its inputs that is 1 at every time, which carries the constant."""
     slot = module.time_embedding
     with torch.no_grad():
         constant = slot.cond_proj(scalar_embedding(torch.tensor([value], device=slot.cond_proj.weight.device)).to(slot.cond_proj.weight))
-        slot.linear_1.bias += slot.linear_1.weight @ constant[0]
+        constant = slot.linear_1.weight @ constant[0]
+        if one is None:
+            slot.linear_1.bias += constant
+        else:
+            slot.linear_1.weight += torch.outer(constant, one.to(constant))
         slot.cond_proj.weight.zero_()
 
 
@@ -214,6 +247,10 @@ class Denoiser:
         return self.head(features, None if at is None else scalar_embedding(at))
 
     def _raw(self, *args):
+        with compiled.fitting(self.module):
+            return self._call(*args)
+
+    def _call(self, *args):
         if self.weights is None:
             return self.forward(self.module, *args)
         if self.role is None and sharding.is_cut(self.module):

@@ -76,6 +76,8 @@ def plan(run) -> Estimate:
                              "optimizer": sum(optimizers.state_bytes(cfg.optimizer, tuple(p.shape), p.element_size()) for p in t.own.values()),
                              "averages": 0 if cfg.offload_averages else averages, "host_averages": averages if cfg.offload_averages else 0,
                              "activations": activation_bytes(t.net, model.shape, cond) * micro}
+        if run.engine is not None and run.engine.trainee is t:
+            r |= run.engine.planned(r, lambda shape: optimizers.state_bytes(cfg.optimizer, shape))
         held, needed, activations = held + r["weights"] + r["averages"], needed + r["gradient"] + r["optimizer"], max(activations, r["activations"])
         lines.append(f"{t.name}: {sum(p.numel() for p in t.params.values()):,} trainable parameters; weights {r['weights'] / GB:.3f} GB, gradient "
                      f"{r['gradient'] / GB:.3f} GB, {cfg.optimizer} {r['optimizer'] / GB:.3f} GB, averages {averages / GB:.3f} GB"

@@ -3,7 +3,9 @@ and the script's kind of method, and a run that takes none is told what it is an
 
 Only what the named source says stands in a row (a fact that could not be read there is left out, such as batches that hang on an unnamed
 number of GPUs), in this project's terms: guidance w is D_u + w (D_c - D_u), batch is global. Rows were made for other data, losses and
-hardware than yours: they are where to begin, not a promise. Families without a row: no configuration of theirs was found that could be read."""
+hardware than yours: they are where to begin, not a promise. Sources that alternate one student update with n critic updates count all of them as
+iterations: here a step is one student update. Families without a row: no configuration of theirs was found that could be read; LTX-Video's
+distilled models were published without their training (Lightricks/LTX-Video issue 206 is open, LTX-2 issue 259 says it is not shared)."""
 from __future__ import annotations
 
 import sys
@@ -48,6 +50,31 @@ RECIPES: dict[tuple[str, str], dict] = {
     # guidance 3.5 is left out, since the file does not say which convention it is counted in
     ("wan", "distribution matching"): dict(source="DMD, hao-ai-lab/FastVideo examples/distill/Wan2.1-T2V/Wan-Syn-Data-480P/distill_dmd_t2v_1.3B.sh", batch=6,
                                            lr=2e-6, critic_updates=5, weight_decay=0.01, max_grad_norm=1.0, flow_shift=8.0, t_min=0.02, t_max=0.98, steps=4000),
+    # examples/flux2/model_training/special/dmd2/FLUX.2-klein-base-4B-DMD2.sh, and the defaults of diffsynth/diffusion/{dmd2,parsers}.py for decay and
+    # clipping: one student update in 5 iterations, full weights, its scale 4 is D_u + 4 (D_c - D_u), student and score times even in sigma; batch
+    # and iterations hang on data and GPUs it does not name
+    ("flux2", "distribution matching"): dict(source="DMD2, modelscope/DiffSynth-Studio examples/flux2/.../dmd2/FLUX.2-klein-base-4B-DMD2.sh", lr=1e-5,
+                                             critic_lr=1e-5, critic_updates=4, guidance=4.0, weight_decay=0.01, max_grad_norm=10.0, flow_shift=1.0),
+    # scripts/z_image/train_distill_lora.sh, and the defaults of train_distill_lora.py for betas, scale and ratio: the critic learns in every step and
+    # the student in one of 5; its scale 4 is D_u + 4 (D_c - D_u), a stock guidance_scale of 3; times as the scheduler shifts them. (train_distill.sh,
+    # full weights: 2e-5 and 2e-6)
+    ("zimage", "distribution matching"): dict(source="DMD, aigc-apps/VideoX-Fun scripts/z_image/train_distill_lora.sh", lora=128, lr=1e-4, critic_lr=1e-5,
+                                              critic_updates=5, guidance=4.0, betas=(0.9, 0.999), weight_decay=0.03, max_grad_norm=0.05),
+    # fastgen/configs/experiments/CogVideoX/config_dmd2.py (the 5B model) with the defaults of configs/{opt,callbacks}.py and methods/config_dmd2.py: one
+    # student update in 5 of 10,000 iterations, 2 clips a GPU (their number is not named), scale 6 as D_u + 6 (D_c - D_u)
+    ("cogvideox", "distribution matching"): dict(source="DMD2, NVlabs/FastGen fastgen/configs/experiments/CogVideoX/config_dmd2.py", lr=1e-5, critic_lr=1e-5,
+                                                 critic_updates=4, guidance=6.0, betas=(0.9, 0.999), weight_decay=0.01, max_grad_norm=10.0, steps=2000),
+    # fastgen/configs/experiments/DiT/config_mf_b.py: MeanFlow of DiT networks on ImageNet-256. It trains from scratch, so its 1,200,000 iterations and
+    # its guidance, which is mixed into the target, are left out
+    ("dit", "meanflow"): dict(source="MeanFlow from scratch, NVlabs/FastGen fastgen/configs/experiments/DiT/config_mf_b.py", batch=1024, lr=1e-4,
+                              betas=(0.9, 0.95), weight_decay=0.0, mean=-0.4, std=1.0, equal=0.75, power=1.0),
+    # experiments/imagenet/imagenet_gan_classifier_genloss3e-3_diffusion1000_lr2e-6_scratch.sh and README.md: class-conditional ImageNet-64, 7 GPUs x 40,
+    # the critic learns in each of 200,000 iterations and the student in one of 5; AdamW of main/edm/train_edm.py
+    ("pixel", "distribution matching"): dict(source="DMD2, tianweiy/DMD2 experiments/imagenet/imagenet_gan_classifier_..._lr2e-6_scratch.sh",
+                                             batch=280, lr=2e-6, critic_lr=2e-6, critic_updates=5, betas=(0.9, 0.999), weight_decay=0.01, steps=40_000),
+    # scripts/launch.sh: consistency distillation of class-conditional ImageNet-64 (LSUN 256: batch 256 at 1e-5)
+    ("pixel", "trajectory"): dict(source="Consistency models, openai/consistency_models scripts/launch.sh", batch=2048, lr=8e-6, weight_decay=0.0,
+                                  steps=600_000),
 }
 
 

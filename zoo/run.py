@@ -26,14 +26,15 @@ from typing import Callable, ClassVar, Iterator, Literal
 import torch
 from torch import Tensor
 
-from . import optimizers, sharding
+from . import compiled, deepspeed, optimizers, sharding
+from .data.ahead import Ahead
 from .data.cache import Storage
 from .denoiser import CALLS
 from .errors import UserError
 
 # What may differ between a run and its resumption; everything else is part of what the run *is*.
 FREE_TO_CHANGE = {"steps", "time_budget", "output_dir", "checkpoint_every", "keep_checkpoints", "sample_every", "measure_every",
-                  "report_to", "export", "push_to_hub", "dry_run", "recipe", "log_every", "max_calls", "cache", "cache_gb", "offload_averages"}
+                  "report_to", "export", "push_to_hub", "dry_run", "recipe", "log_every", "max_calls", "cache", "cache_gb", "offload_averages", "compile"}
 
 
 @dataclass
@@ -58,13 +59,14 @@ class RunConfig:
     lora: int = 0                   # LoRA rank; 0 trains full weights
     teacher_lora: str = ""          # a style LoRA that makes the teacher: file, folder, Hub id, or user/name/file.safetensors
     teacher_lora_scale: float = 1.0
-    flow_shift: float = 0.0         # move the times of a flow teacher towards noise by times.shifted (0: as they are; --recipe auto: the published one)
+    flow_shift: float = 0.0         # times of a flow teacher are moved towards noise by times.shifted (0: as its own scheduler moves them; 1: not at all)
     distilled_teacher: bool = False # train on a teacher that looks like a few-step student already
     init_student: str = ""          # start from another run's exported student
     guidance: float = 0.0           # teacher guidance scale w in D_u + w (D_c - D_u); 0: the teacher's own default
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"    # auto: bf16 on a GPU, and on a CPU that has it where the family gains by it
     gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"    # 8-bit states (bitsandbytes), or factored ones without momentum
+    compile: bool = False           # torch.compile the networks' repeated blocks: faster steps on a GPU after minutes of compiling
     offload_averages: bool = False  # keep averaged weights on the CPU: less GPU memory, slower steps
     seed: int = 0
     checkpoint_every: int = 50
@@ -80,6 +82,7 @@ class RunConfig:
 
     method: ClassVar[str] = ""
     recipes: ClassVar[dict[str, dict]] = {}
+    two_times: ClassVar[bool] = False          # its student has two times, which are counted unshifted
 
 
 class Batch:
@@ -87,7 +90,8 @@ class Batch:
 
     def __init__(self, fields: dict, shape: tuple[int, ...], seed: tuple[int, int], size: int, window: slice, device):
         self.__dict__.update(fields)
-        self.shape, self._seed, self._size, self._window, self._device, self._count = shape, seed, size, window, device, 0
+        self.shape, self._seed, self._size, self._window, self._device, self._count = shape, seed, size, window, torch.device(device), 0
+        self._pin = self._device.type == "cuda"        # numbers are drawn in pinned memory there, and copied while the GPU goes on
 
     def _generator(self):
         self._count += 1
@@ -96,15 +100,19 @@ class Batch:
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal [B, *shape]; by default of the model's sample shape."""
-        return torch.randn(self._size, *(shape or self.shape), generator=self._generator())[self._window].to(self._device)
+        return self._mine(torch.randn(self._size, *(shape or self.shape), generator=self._generator(), pin_memory=self._pin))
 
     def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform [B, *shape] in [0, 1)."""
-        return torch.rand(self._size, *shape, generator=self._generator(), dtype=dtype)[self._window].to(self._device)
+        return self._mine(torch.rand(self._size, *shape, generator=self._generator(), dtype=dtype, pin_memory=self._pin))
 
     def randint(self, n: int) -> Tensor:
         """Integers [B] in [0, n)."""
-        return torch.randint(n, (self._size,), generator=self._generator())[self._window].to(self._device)
+        return self._mine(torch.randint(n, (self._size,), generator=self._generator(), pin_memory=self._pin))
+
+    def _mine(self, drawn: Tensor) -> Tensor:
+        """This micro-batch's rows of a global draw, where it trains."""
+        return _to(drawn[self._window], self._device)
 
 
 class Trainee:
@@ -149,6 +157,10 @@ class Run:
         from .recipes import suggest
         self.cfg, self.model = cfg, model
         self.fsdp = sharding.settings(cfg.method) if sharding.asked() else None
+        self.zero = deepspeed.asked()        # one network's gradients and optimiser states in parts, by `engine`
+        self.engine: deepspeed.Engine | None = None
+        if self.zero:
+            deepspeed.check(cfg)
         on_cpu = not torch.cuda.is_available()
         if on_cpu and os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
             # `accelerate launch` exports OMP_NUM_THREADS=1 for a single CPU process, nearly halving its speed.
@@ -162,21 +174,28 @@ class Run:
         refuse_distilled(model, cfg.distilled_teacher)
         if cfg.teacher_lora:                 # before any role is made and before anything is moved or cut
             add_style(model, cfg.teacher_lora, cfg.teacher_lora_scale)
-        if cfg.flow_shift:
-            model.shift_times(cfg.flow_shift)
+        # A script with a shift of its own (rcm, self_forcing) or with two times is not moved unless it is asked for.
+        own = model.shift if getattr(model, "takes_shift", False) and not cfg.two_times and not hasattr(cfg, "shift") else 1.0
+        self.flow_shift = cfg.flow_shift or own
+        if self.flow_shift != 1 or getattr(model, "moved", False):
+            model.shift_times(self.flow_shift)
         suggest(cfg, model)
         trackers = None if cfg.report_to == "none" else cfg.report_to
         if trackers and not importlib.util.find_spec(trackers):        # accelerate would log nowhere, with a warning
             raise UserError(f"--report_to {trackers}: it is not installed: pip install {trackers}")
-        if self.fsdp and precision == "fp16":
-            raise UserError("--mixed_precision fp16 scales its losses for one network: under FSDP use bf16 or no")
+        if (self.fsdp or self.zero) and precision == "fp16":
+            raise UserError("--mixed_precision fp16 scales its losses for one network: under FSDP and DeepSpeed use bf16 or no")
         # Gathered weights must not outlive their block, nor be mistaken for an average's: under FSDP autocast keeps no copies of them.
         handlers = [AutocastKwargs(cache_enabled=False)] if self.fsdp else []
-        self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.out), cpu=on_cpu, kwargs_handlers=handlers)
+        with deepspeed.hidden():
+            self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.out), cpu=on_cpu, kwargs_handlers=handlers)
         self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        if cfg.compile:
+            compiled.check(cfg, bool(self.fsdp or self.zero), self.device)
         if cfg.batch % (self.world * cfg.accumulate):
             raise UserError(f"--batch {cfg.batch} is not divisible by {self.world} ranks x {cfg.accumulate} micro-batches")
         set_seed(cfg.seed)
+        self.ahead = Ahead() if self.device.type == "cuda" else None      # on a CPU the thread would take its time from the training
         self.sharded = self.fsdp is not None and self.world > 1
         self.takes_part = self.rank == 0 or self.sharded      # in sampling and measuring: cut networks are called on all ranks together
         model.to(self.device)
@@ -223,12 +242,15 @@ class Run:
         """The resolved configuration as plain data; a teacher given as an object is named, not stored."""
         cfg = {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)}
         cfg = {k: v if isinstance(v, (int, float, str, bool, tuple, list, type(None))) else str(getattr(v, "name", type(v).__name__)) for k, v in cfg.items()}
+        cfg["flow_shift"] = 0.0 if self.flow_shift == 1 else self.flow_shift          # what was used: a run from before goes on with --flow_shift 1
         return json.loads(json.dumps({"method": self.cfg.method, **cfg}))
 
     # ------------------------------------------------------------------------------------------------ verbs
     def train(self, name: str, net, lr: float, **options) -> Trainee:
         """Register trainable parameters under --optimizer. `options` go to the optimiser (betas, weight_decay ...)."""
         cfg = self.cfg
+        if self.zero:
+            deepspeed.refuse_second(cfg.method, [*(n for n, t in self.trainees.items() if t.lr(0)), *[name] * bool(lr)])
         warm = lambda step: lr * min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else lr      # a pure function of the step
         if getattr(net, "head", None) is not None:
             net.head.to(self.device)
@@ -280,7 +302,7 @@ class Run:
             for batch in self.micro_batches(data):
                 with self.accelerator.autocast():
                     out = loss(batch)
-                self.backward(out["loss"] / self.cfg.accumulate)
+                self.backward(out["loss"] / self.cfg.accumulate, trainee)
                 for k, v in out.items():
                     v = v.detach().float() if torch.is_tensor(v) else torch.tensor(float(v))
                     logged[k] = logged.get(k, 0) + v / self.cfg.accumulate
@@ -289,13 +311,26 @@ class Run:
             self._logged.setdefault(f"{trainee.name}/{k}", []).append(v)
         return logged
 
-    def backward(self, loss: Tensor):
+    def backward(self, loss: Tensor, trainee: Trainee):
+        if self._engined(trainee):
+            return self.engine.backward(loss)
         if self.accelerator.scaler is not None:
             loss = self.accelerator.scaler.scale(loss)
         loss.backward()
 
     def apply(self, trainee: Trainee):
         """Average gradients over ranks, clip, step, clear, update averages. Raises at a non-finite gradient."""
+        norm = self.engine.step(trainee.lr(self.step)) if self._engined(trainee) else self._step(trainee)
+        if not torch.isfinite(norm) and self.accelerator.scaler is None:
+            raise UserError(self._last_words(f"gradient of the {trainee.name} is not finite at step {self.step}"))
+        trainee.updates += 1
+        for decay, values in trainee.averages:
+            d = min(decay, (1 + trainee.updates) / (4 + trainee.updates))
+            torch._foreach_lerp_(list(values.values()), [trainee.own[n].data.to(v.device) for n, v in values.items()], 1 - d)
+        self._logged.setdefault(f"{trainee.name}/grad_norm", []).append(norm.detach())
+
+    def _step(self, trainee: Trainee) -> Tensor:
+        """`apply` up to the averages; returns the gradient's norm before clipping. Leaves the parameters where it is not finite."""
         if self.sharded:
             trainee.take_gradients()
         grads = [p.grad for n, p in trainee.own.items() if p.grad is not None and p is trainee.params[n]]      # cut ones were averaged by FSDP
@@ -314,7 +349,7 @@ class Run:
         else:
             norm = torch.nn.utils.clip_grad_norm_(list(trainee.params.values()), self.cfg.max_grad_norm)
         if not torch.isfinite(norm) and scaler is None:
-            raise UserError(self._last_words(f"gradient of the {trainee.name} is not finite at step {self.step}"))
+            return norm
         for group in trainee.optimizer.param_groups:
             group["lr"] = trainee.lr(self.step)
         if scaler is not None:
@@ -323,24 +358,30 @@ class Run:
         else:
             trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-        trainee.updates += 1
-        for decay, values in trainee.averages:
-            d = min(decay, (1 + trainee.updates) / (4 + trainee.updates))
-            torch._foreach_lerp_(list(values.values()), [trainee.own[n].data.to(v.device) for n, v in values.items()], 1 - d)
-        self._logged.setdefault(f"{trainee.name}/grad_norm", []).append(norm.detach())
+        return norm
 
     def micro_batches(self, data) -> Iterator[Batch]:
         """This rank's micro-batches of the current global batch."""
         cfg = self.cfg
-        size = cfg.batch // (self.world * cfg.accumulate)
         for micro in range(cfg.accumulate):
-            lo = (self.rank * cfg.accumulate + micro) * size
-            window = slice(lo, lo + size)
-            numbers, order = self.tick * cfg.batch + torch.arange(lo, lo + size), getattr(data, "order", None)
-            index = order(numbers, cfg.seed, cfg.batch) if order else _epoch_indices(len(data), numbers, cfg.seed)
-            fields = {k: _to(v, self.device) for k, v in data.get(index).items()}
+            now = data, self.tick, micro
+            later = data, self.tick + (micro + 1) // cfg.accumulate, (micro + 1) % cfg.accumulate
+            fields = _to(self.ahead(now, later, self._items) if self.ahead else self._items(*now), self.device)
+            window = self._window(micro)
             shape = tuple(fields["x0"].shape[1:]) if "x0" in fields else self.model.shape       # buckets: of this batch
             yield Batch(fields, shape, (cfg.seed, self.tick), cfg.batch, window, self.device)
+
+    def _window(self, micro: int) -> slice:
+        """Which samples of a global batch are this rank's in a micro-batch."""
+        size = self.cfg.batch // (self.world * self.cfg.accumulate)
+        lo = (self.rank * self.cfg.accumulate + micro) * size
+        return slice(lo, lo + size)
+
+    def _items(self, data, tick: int, micro: int) -> dict:
+        """What `data` gives for a micro-batch of the global batch of `tick`."""
+        window = self._window(micro)
+        numbers, order = tick * self.cfg.batch + torch.arange(window.start, window.stop), getattr(data, "order", None)
+        return data.get(order(numbers, self.cfg.seed, self.cfg.batch) if order else _epoch_indices(len(data), numbers, self.cfg.seed))
 
     def watch(self, student, times, rule: str = "renoise", **contract):
         """Name the student that leaves: `student` (a Trainee) is averaged, sampled beside the teacher, measured and exported.
@@ -364,10 +405,15 @@ class Run:
         if self.sharded and not sharding.is_cut(self.model.module):
             adapters = {p for t in self.trainees.values() if t.net.module is self.model.module for p in t.params.values()}
             sharding.cut(self.model.module, self.fsdp, self.device, whole=adapters & set(self.model.module.parameters()))
+        if self.zero and self.world > 1:
+            for t in [t for t in self.trainees.values() if t.lr(0)]:        # one: `train` refused a second
+                self.engine = deepspeed.Engine(t, cfg.batch // (self.world * cfg.accumulate), cfg.accumulate, cfg.max_grad_norm)
         estimate = self.estimate = plan(self)
         if cfg.dry_run:
             return
         estimate.refuse_if_too_large()
+        if cfg.compile:
+            compiled.networks(self)
         if self.resume_from:
             self.load(self.resume_from)
         elif self.calls:
@@ -403,14 +449,18 @@ class Run:
                 signal.signal(s, h)
             if self.rank == 0:
                 self._log_file.flush()
+            if self.ahead:
+                self.ahead.close()
         self._leave()
 
     # ------------------------------------------------------------------------------------------------ housekeeping
     def _leave(self):
         """Close the trackers and the group of ranks."""
+        if self.engine is not None and self.engine.engine is not None:
+            self.engine.release()
         self.accelerator.end_training()
-        if self.sharded and not torch.distributed.is_initialized():
-            sharding.release_groups()
+        if (self.sharded or self.engine is not None) and not torch.distributed.is_initialized():
+            (sharding if self.sharded else deepspeed).release_groups()
 
     def _settle(self):
         if self.sharded:
@@ -525,7 +575,7 @@ class Run:
         """What a checkpoint holds, file by file, as whole tensors; under FSDP all ranks call it, and the first keeps them, on the CPU."""
         files = {}
         for t in self.trainees.values():
-            parts = {f"{t.name}.safetensors": {n: p.data for n, p in t.own.items()}, f"{t.name}.optimizer.safetensors": optimizers.tensors(t)}
+            parts = {f"{t.name}.safetensors": {n: p.data for n, p in t.own.items()}, f"{t.name}.optimizer.safetensors": self._states(t)}
             parts |= {f"{t.name}.average{i}.safetensors": values for i, (_, values) in enumerate(t.averages)}
             for name, values in parts.items():
                 if self.sharded:
@@ -533,6 +583,13 @@ class Run:
                     values = {k: v.cpu() if self.rank == 0 else None for k, v in gathered}
                 files[name] = values
         return files
+
+    def _states(self, trainee: Trainee) -> dict[str, Tensor]:
+        return self.engine.states() if self._engined(trainee) else optimizers.tensors(trainee)
+
+    def _engined(self, trainee: Trainee) -> bool:
+        """Whether DeepSpeed's engine steps it."""
+        return self.engine is not None and self.engine.trainee is trainee
 
     def load(self, folder: Path):
         """Restore a checkpoint, on any number of ranks."""
@@ -550,7 +607,8 @@ class Run:
             values = t.rows(load_file(folder / f"{t.name}.safetensors"))
             for n, p in t.own.items():
                 p.data.copy_(values[n])
-            optimizers.restore(t, load_file(folder / f"{t.name}.optimizer.safetensors"))
+            states = load_file(folder / f"{t.name}.optimizer.safetensors")
+            self.engine.restore(states) if self._engined(t) else optimizers.restore(t, states)
             for i, (_, average) in enumerate(t.averages):
                 for n, v in t.rows(load_file(folder / f"{t.name}.average{i}.safetensors")).items():
                     average[n].copy_(v)
@@ -585,14 +643,17 @@ def save_tensors(tensors: dict[str, Tensor], path: Path):
     """safetensors, contiguous on the CPU; written beside and renamed."""
     from safetensors.torch import save_file
     temp = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temp)
+    whole = lambda v: v.untyped_storage().nbytes() == v.numel() * v.element_size()          # the file's format refuses parts of a larger tensor
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file({k: v if whole(v) else v.clone() for k, v in tensors.items()}, temp)
     os.replace(temp, path)
 
 
 def _to(value, device):
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
-    return value.to(device) if torch.is_tensor(value) else value
+    # From pinned memory the copy runs beside what the GPU computes; from other memory it is the same as a blocking one.
+    return value.to(device, non_blocking=torch.device(device).type == "cuda") if torch.is_tensor(value) else value
 
 
 _permutations: dict = {}

@@ -9,7 +9,7 @@ What is cut depends on the run:
 
 A rank holds rows of each parameter (`torch.chunk` along the first axis). Calling a cut network gathers it block by block, which all ranks
 must do together: every rank makes the same calls in the same order (`together`). Files hold whole tensors, so that a checkpoint does not
-know how many ranks wrote it. DeepSpeed and the first FSDP are refused: both want to own the optimiser and the loop of one network."""
+know how many ranks wrote it. The first FSDP is refused: it flattens what trainees share. DeepSpeed, for methods with one trainee: zoo/deepspeed.py."""
 from __future__ import annotations
 
 import copy
@@ -31,12 +31,8 @@ REFUSED = {"twinflow": "it calls the network only on ranks whose batch holds sam
 
 # ------------------------------------------------------------------------------------------------------- what was asked for
 def asked() -> bool:
-    """Whether accelerate was configured for FSDP. Raises UserError for DeepSpeed."""
-    on = lambda name: os.environ.get(name, "false").lower() in ("true", "1")
-    if on("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError("DeepSpeed wants to own one network and its optimiser, and a run here has several that share weights: use "
-                        f"--config_file {CONFIGS}/8gpu_fsdp2.yaml (cuts what ZeRO-3 cuts) or {CONFIGS}/8gpu_fsdp2_keep.yaml (gathers once a step, as ZeRO-2)")
-    return on("ACCELERATE_USE_FSDP")
+    """Whether accelerate was configured for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
 
 
 def settings(method: str):

@@ -5,8 +5,10 @@
 
 Nothing is downloaded: networks are made from the configurations of diffusers classes, text embeddings and latents are random (as from a
 cache). Every case runs in a process of its own, so that peaks do not mix. The steps are those of the scripts in train_scripts/, through
-`Run`; only `plain` is written here, as one would for one model: three copies, two calls for guidance, one optimiser for each. Writes
-log-<device>.md and .json beside this file. Memory on a CPU is the process's growth, which counts what the allocator keeps."""
+`Run`; only `plain` is written here, as one would for one model: three copies, two calls for guidance, one optimiser for each. Beside the steps:
+the derivatives of sCM and MeanFlow, AdamW's step fused and not, and one network plain, compiled, and compiled into CUDA graphs. Writes
+log-<device>.md and .json beside this file; --keep goes on with that file, for what the budget left out. Memory on a CPU is the process's growth,
+which counts what the allocator keeps."""
 from __future__ import annotations
 
 import json
@@ -40,15 +42,21 @@ SDXL = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(
 TINY = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=64, attention_head_dim=8, norm_num_groups=16,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
 PRESETS = {                # network, batch, LoRA rank, and flags of every run
-    "tiny": dict(unet=TINY, batch=4, lora=16, flags={}, steps=3),
-    "12gb": dict(unet=SD15, batch=1, lora=64, flags=dict(gradient_checkpointing=True, offload_averages=True), steps=6, only=("dmd lora", "lcm lora")),
+    "tiny": dict(unet=TINY, batch=4, lora=16, flags={}, steps=3, without=("dmd lora compiled",), networks=dict(mid_block_type=None)),   # compiling takes minutes on a CPU: blocks of one width
+    "12gb": dict(unet=SD15, batch=1, lora=64, flags=dict(gradient_checkpointing=True, offload_averages=True), steps=6,
+                 only=("dmd lora", "lcm lora", "dmd lora compiled", "optimizers")),
     "sd15-512": dict(unet=SD15, batch=4, lora=64, flags={}, steps=6),
     "sdxl-1024": dict(unet=SDXL, batch=1, lora=64, flags=dict(gradient_checkpointing=True), steps=4),
     "emoji": dict(trained=True, only=("derivatives",))}        # the embedded teacher: a trained network is far less stiff in time than random weights
 # name -> (script, options); "lora" takes the preset's rank, "full" trains all weights.
-STEPS = {"dmd lora": ("dmd", {}), "dmd full": ("dmd", dict(lora=0)), "lcm lora": ("lcm", {}), "scm lora fd": ("scm", {}), "scm lora jvp": ("scm", dict(derivative="jvp")),
+STEPS = {"dmd lora": ("dmd", {}), "dmd lora compiled": ("dmd", dict(compile=True)), "dmd full": ("dmd", dict(lora=0)), "lcm lora": ("lcm", {}), "scm lora fd": ("scm", {}), "scm lora jvp": ("scm", dict(derivative="jvp")),
          "meanflow lora fd": ("meanflow", {}), "meanflow lora jvp": ("meanflow", dict(derivative="jvp"))}
 GUIDANCE, CRITIC_UPDATES = 5.0, 2
+# Every case, in the order in which the budget is spent: the first group of all presets, then the second.
+CASES = (("plain", "dmd lora", "dmd lora compiled", "optimizers", "networks", "dmd full", "lcm lora"),
+         ("scm lora fd", "scm lora jvp", "meanflow lora fd", "meanflow lora jvp", "derivatives"))
+LONGEST = 180.0              # seconds of one case
+WARM = 6                     # steps of a compiled run before its times count: rollouts call the student on parts of a batch, each size a new kind of call
 
 
 @dataclass
@@ -56,15 +64,16 @@ class Config:
     presets: tuple[str, ...] = field(default_factory=lambda: ("sd15-512", "sdxl-1024", "emoji") if CUDA else ("tiny", "emoji"))
     budget: float = 560.0        # seconds in all; cases that would begin after it are left out and named
     threads: int = 0             # on a CPU (0: all cores)
+    keep: bool = False           # keep the cases that log-<device>.json has, and run the others
     case: str = ""               # one case of one preset, in this process; prints JSON
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
-def network(preset: str):
+def network(preset: str, **changes):
     from diffusers import UNet2DConditionModel
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return UNet2DConditionModel(**PRESETS[preset]["unet"]).requires_grad_(False).eval()
+        return UNet2DConditionModel(**PRESETS[preset]["unet"] | changes).requires_grad_(False).eval()
 
 
 def conditions(config, n: int, seed: int) -> dict[str, torch.Tensor]:
@@ -82,7 +91,7 @@ def call(module, x, timestep, cond):
     return module(x, timestep, encoder_hidden_states=cond["prompt"], return_dict=False, **extra)[0]
 
 
-def backbone(preset: str):
+def backbone(preset: str, **changes):
     from diffusers import DDIMScheduler
 
     from zoo.backbones import Backbone, Examples, Source
@@ -92,7 +101,7 @@ def backbone(preset: str):
         family, pred, guidance, name, data, bf16_on_cpu = "sd", "eps", GUIDANCE, preset, "", False
 
         def __init__(self):
-            self.module = network(preset)
+            self.module = network(preset, **changes)
             self.process = VP.from_config(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
             size = self.module.config.sample_size
             self.shape = (4, size, size)
@@ -163,6 +172,7 @@ def through_run(preset: str, script: str, options: dict, folder: str) -> dict:
     """The script's own steps: seconds of each timed one, peak, and where one more step spends its time."""
     import importlib
 
+    from zoo import compiled
     from zoo.run import Run
     spec, inside, base = PRESETS[preset], Breakdown(), 0.0
     module = importlib.import_module(f"train_{script}")
@@ -174,7 +184,13 @@ def through_run(preset: str, script: str, options: dict, folder: str) -> dict:
     def stepping(run):
         inside.name(run)
         run.step = 1
-        yield 0                                               # warm-up: states are made
+        began = time.perf_counter()
+        if run.cfg.compile:
+            compiled.networks(run)
+        for i in range(WARM if run.cfg.compile else 1):
+            yield i                                           # warm-up: states are made, and every kind of call is compiled
+        wait()
+        found["warm_up"] = time.perf_counter() - began
         for i in range(spec["steps"]):
             wait()
             began = time.perf_counter()
@@ -342,12 +358,133 @@ def derivatives(preset: str) -> dict:
     return {"forward_seconds": forward, "rows": rows}
 
 
+def optimizers(preset: str) -> dict:
+    """Seconds of one AdamW step over what a run trains, by torch's list of tensors (foreach) and by its fused kernel, in turns."""
+    spec, model = PRESETS[preset], backbone(preset)
+    rows = {}
+    for kind, lora in (("LoRA", spec["lora"]), ("full weights", 0)):
+        try:
+            params = list(model.make("student", lora=lora).trainable().values())
+            for p in params:
+                p.requires_grad_(True).grad = torch.full_like(p, 1e-4)
+            spent: dict[str, list[float]] = {"foreach": [], "fused": []}
+            for how in ("foreach", "fused", "fused", "foreach"):
+                optimizer = torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0, **{how: True})
+                for i in range(8):
+                    wait()
+                    began = time.perf_counter()
+                    optimizer.step()
+                    wait()
+                    if i >= 2:                                # the first ones make the states
+                        spent[how].append(time.perf_counter() - began)
+                del optimizer
+            rows[kind] = {"numbers": sum(p.numel() for p in params), "tensors": len(params)} | {k: median(v) for k, v in spent.items()}
+        except torch.cuda.OutOfMemoryError:
+            rows[kind] = {"refused": "out of memory"}
+    return {"rows": rows}
+
+
+def networks(preset: str) -> dict:
+    """One network with an adapter, as a step calls it: plain, with compiled blocks, and with compiled blocks recorded as CUDA graphs (GPU). Seconds,
+    and how far each is from the plain network after its weights have moved, and in the gradient of the first of two calls (graphs reuse the
+    memory of their outputs)."""
+    from zoo import compiled
+    spec, repeat = PRESETS[preset], 15 if CUDA else 5
+    saving = spec["flags"].get("gradient_checkpointing", False)
+    cast = (lambda: torch.autocast("cuda", torch.bfloat16)) if CUDA else nullcontext
+    changes = spec.get("networks", {})
+    model, state = backbone(preset, **changes), None
+    fields = model.batches(images=True).get(torch.arange(spec["batch"]))
+    cond = {k: v.to(DEVICE) for k, v in fields["cond"].items()}
+    x, t = fields["x0"].to(DEVICE), torch.full((spec["batch"],), 0.6, device=DEVICE)
+
+    def made():
+        nonlocal state
+        net = (model if state is None else backbone(preset, **changes)).make("student", lora=spec["lora"], gradient_checkpointing=saving)
+        for name, p in net.trainable().items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.01)
+        state = state or {k: v.clone() for k, v in net.trainable().items()}
+        for name, p in net.trainable().items():
+            p.data.copy_(state[name])
+        return net
+
+    def forward(net):
+        with torch.no_grad(), cast():
+            return net(x, t, cond, to="eps")
+
+    def both(net):
+        with cast():
+            loss = net(x, t, cond, to="eps").square().mean()
+        loss.backward()
+        for p in net.trainable().values():
+            p.grad = None
+
+    def first_of_two(net):
+        """The gradient of one call after which another was made."""
+        params = list(net.trainable().values())
+        with cast():
+            first, _ = net(x, t, cond, to="eps").square().mean(), net(x.flip(0), t, cond, to="eps")
+        return torch.cat([g.flatten() for g in torch.autograd.grad(first, params, materialize_grads=True)])
+
+    def clock(call, net, stance):
+        torch.compiler.cudagraph_mark_step_begin()
+        wait()
+        began = time.perf_counter()
+        with torch.compiler.set_stance(stance):
+            call(net)
+        wait()
+        return time.perf_counter() - began
+
+    def check(net):
+        """Predictions with weights moved in place, and gradients; the weights are put back."""
+        with torch.no_grad():
+            for p in net.trainable().values():
+                p.mul_(2)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = forward(net).float().clone()
+        torch.compiler.cudagraph_mark_step_begin()
+        grad = first_of_two(net).float().clone()
+        with torch.no_grad():
+            for p in net.trainable().values():
+                p.div_(2)
+        return out, grad
+    apart = lambda a, b: ((a - b).norm() / b.norm()).item()
+    rows: dict[str, dict] = {}
+
+    def measure(name, net):
+        """Times of `net` and, in turns, of the same with its blocks as they are."""
+        for kind, call in (("forward", forward), ("forward and backward", both)):
+            first = clock(call, net, "default")
+            clock(call, net, "default")
+            spent = {"default": [], "force_eager": []}
+            for i in range(repeat):
+                for stance in list(spent)[:: 1 if i % 2 else -1]:
+                    spent[stance].append(clock(call, net, stance))
+            rows[f"{name}, {kind}"] = {"seconds": median(spent["default"]), "plain": median(spent["force_eager"]), "first": first}
+        with torch.compiler.set_stance("force_eager"):
+            wanted = check(net)
+        for kind, a, b in zip(("forward", "forward and backward"), check(net), wanted):
+            rows[f"{name}, {kind}"]["apart"] = apart(a, b)
+    ways = {"compiled": {}, **({"compiled, CUDA graphs": {"mode": "reduce-overhead"}} if CUDA else {})}
+    for name, options in ways.items():
+        net = made()
+        try:
+            compiled.compile_blocks(net.module, **options)
+            measure(name, net)
+        except Exception as error:  # whatever a compiler says: the other rows are worth having
+            rows[name] = {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"}
+        del net
+        torch._dynamo.reset()
+    return {"rows": rows, "blocks": len(compiled.blocks(model.module))}
+
+
 def one(preset: str, case: str) -> dict:
     import accelerate.utils, datasets, diffusers.models, peft, zoo.backbones, zoo.run  # noqa: E401, F401  what is imported later would count as the step's memory
     if case == "plain":
         return plain(preset)
-    if case == "derivatives":
-        return derivatives(preset)
+    if case in ("derivatives", "optimizers", "networks"):
+        return {"derivatives": derivatives, "optimizers": optimizers, "networks": networks}[case](preset)
     script, options = STEPS[case]
     with tempfile.TemporaryDirectory() as folder:
         return through_run(preset, script, options, folder + "/run")
@@ -382,6 +519,7 @@ def report(found: dict, left: list[str]) -> str:
                 continue
             ratio = lambda a, b, near: f"{a / b:.2f}" if near and b else ""
             near, s = "seconds" in base and case.startswith(("dmd", "plain")), median(row["seconds"])
+            name += f" (after {row['warm_up']:.0f} s of compiling and warming up)" if case.endswith("compiled") else ""
             lines.append(f"| {name} | {s:.3g} | {ratio(s, median(base['seconds']), near) if near else ''} | {row['peak_gb']:.2f} | "
                          f"{ratio(row['peak_gb'], base['peak_gb'], near) if near else ''} |")
         lines += [] if spec.get("trained") else ["", "Where one further step spent its time, the device waited for at every forward pass (calls, samples; the rest is backward passes and optimisers):", "",
@@ -389,6 +527,23 @@ def report(found: dict, left: list[str]) -> str:
         for case in STEPS:
             for kind, v in cases.get(case, {}).get("inside", {}).items():
                 lines.append(f"| {case} | {kind} | {v['calls']} | {v['samples']} | {v['seconds']:.3g} | {100 * v['seconds'] / cases[case]['broken_down']:.0f} % |")
+        if "rows" in cases.get("optimizers", {}):
+            lines += ["", "One AdamW step:", "", "| trained | numbers | tensors | foreach, s | fused, s | fused / foreach |", "|---|---|---|---|---|---|"]
+            for kind, r in cases["optimizers"]["rows"].items():
+                lines.append(f"| {kind} | {r['refused']} | | | | |" if "refused" in r else
+                             f"| {kind} | {r['numbers']:,} | {r['tensors']} | {r['foreach']:.3g} | {r['fused']:.3g} | {r['fused'] / r['foreach']:.2f} |")
+        elif "error" in cases.get("optimizers", {}):
+            lines += ["", f"Optimisers: {cases['optimizers']['error']}"]
+        if "rows" in cases.get("networks", {}):
+            lines += ["", f"One network with its adapter ({cases['networks']['blocks']} blocks that repeat), one batch; apart: relative "
+                      "distance from the plain network, of the prediction after the weights moved and of the gradient of the first of two calls:", "",
+                      "| network | seconds | plain, s | time / plain | first call, s | apart |", "|---|---|---|---|---|---|"]
+            for name, r in cases["networks"]["rows"].items():
+                lines.append(f"| {name} | {r['refused']} | | | | |" if "refused" in r else
+                             f"| {name} | {r['seconds']:.3g} | {r['plain']:.3g} | {r['seconds'] / r['plain']:.2f} | {r['first']:.1f} | {r['apart']:.1e} |")
+            lines += [] if CUDA else ["", "CUDA graphs were not tried: there is no GPU here."]
+        elif "error" in cases.get("networks", {}):
+            lines += ["", f"Networks: {cases['networks']['error']}"]
         if "rows" in cases.get("derivatives", {}):
             lines += ["", f"Total derivative along the flow, one sample (one forward pass: {cases['derivatives']['forward_seconds']:.3g} s); error against float64 forward mode:", "",
                       "| derivative | relative error | cost in forward passes | extra GB |", "|---|---|---|---|"]
@@ -405,27 +560,36 @@ def main(cfg: Config):
     if cfg.case:
         print("RESULT " + json.dumps(one(cfg.presets[0], cfg.case)))
         return
-    began, found, left = time.perf_counter(), {}, []
-    for preset in cfg.presets:
-        found[preset] = {}
-        for case in PRESETS[preset].get("only", ("plain", *STEPS, "derivatives")):
-            spent = time.perf_counter() - began
-            if spent > cfg.budget:
-                left.append(f"{preset} {case}")
-                continue
-            command = [sys.executable, __file__, "--presets", preset, "--case", case, "--threads", str(torch.get_num_threads())]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=max(60.0, cfg.budget - spent), env=os.environ | {"HF_HUB_OFFLINE": "1"})
-                line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
-                found[preset][case] = json.loads(line[7:]) if line else {"error": "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
-            except subprocess.TimeoutExpired:
-                found[preset][case] = {"error": "not done in time"}
-            print(f"{preset} {case}: {time.perf_counter() - began - spent:.0f} s", file=sys.stderr, flush=True)
-    text = report(found, left)
-    print(text)
     slug = "cpu" if not CUDA else torch.cuda.get_device_name().lower().replace(" ", "-")
+    record = HERE / f"log-{slug}.json"
+    began, found, left = time.perf_counter(), {preset: {} for preset in cfg.presets}, []
+    if cfg.keep and record.exists():
+        kept = json.loads(record.read_text())["found"]
+        found |= {preset: {case: row for case, row in cases.items() if "error" not in row} for preset, cases in kept.items()}
+    env = {"HF_HUB_OFFLINE": "1"} | ({} if CUDA else {"TORCHINDUCTOR_COMPILE_THREADS": str(torch.get_num_threads())})
+    wanted = lambda preset, case: case in PRESETS[preset].get("only", (case,)) and case not in PRESETS[preset].get("without", ())
+    for preset, case in [(p, c) for group in CASES for p in cfg.presets for c in group if wanted(p, c) and c not in found[p]]:
+        spent = time.perf_counter() - began
+        if spent > cfg.budget:
+            left.append(f"{preset} {case}")
+            continue
+        command = [sys.executable, __file__, "--presets", preset, "--case", case, "--threads", str(torch.get_num_threads())]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=min(LONGEST, max(40.0, cfg.budget - spent)), env=os.environ | env)
+            line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
+            found[preset][case] = json.loads(line[7:]) if line else {"error": "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
+        except subprocess.TimeoutExpired:
+            found[preset][case] = {"error": "not done in time"}
+        print(f"{preset} {case}: {time.perf_counter() - began - spent:.0f} s", file=sys.stderr, flush=True)
+        write(found, left, slug)         # what is there stays there, whatever becomes of the next case
+    print(write(found, left, slug))
+
+
+def write(found: dict, left: list[str], slug: str) -> str:
+    text = report(found, left)
     (HERE / f"log-{slug}.md").write_text(text)
     (HERE / f"log-{slug}.json").write_text(json.dumps({"device": device_name(), "torch": torch.__version__, "found": found, "left": left}, indent=1) + "\n")
+    return text
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every folder names its sample shape in the scheduler's config (`_fewstep_teacher
 Nothing here imports the package."""
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,10 +66,10 @@ def euler(shape, **options):
     return scheduler
 
 
-def sd3():
+def sd3(**options):
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-                                        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8, qk_norm="rms_norm")
+                                        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8, qk_norm="rms_norm", **options)
     return StableDiffusion3Pipeline(transformer=perturb(transformer), scheduler=euler((4, 8, 8), shift=3.0), vae=kl(4),
                                     text_encoder=clip(True), tokenizer=tokenizer(),
                                     text_encoder_2=clip(True), tokenizer_2=tokenizer(), text_encoder_3=t5(), tokenizer_3=tokenizer())
@@ -120,17 +121,18 @@ def zimage():
     return ZImagePipeline(transformer=perturb(transformer), scheduler=euler((4, 8, 8), shift=3.0), vae=kl(4), text_encoder=qwen3(), tokenizer=tokenizer())
 
 
-def wan(expand_timesteps: bool = False):
+def wan(expand_timesteps: bool = False, two_networks: bool = False):
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
     vae = perturb(AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
                                    latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.5, 0.8, 1.0, 2.0]))
-    transformer = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32, freq_dim=16, ffn_dim=32,
-                                        num_layers=2, rope_max_seq_len=32)
+    networks = [perturb(WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32, freq_dim=16,
+                                              ffn_dim=32, num_layers=2, rope_max_seq_len=32)) for _ in range(1 + two_networks)]
     from diffusers import UniPCMultistepScheduler
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000)
     scheduler.register_to_config(_fewstep_teacher={"shape": [4, 2, 4, 4]})
-    return WanPipeline(transformer=perturb(transformer), scheduler=scheduler, vae=vae, text_encoder=t5("UMT5"), tokenizer=tokenizer(),
-                       expand_timesteps=expand_timesteps)
+    second = {"transformer_2": networks[1], "boundary_ratio": 0.875} if two_networks else {}
+    return WanPipeline(transformer=networks[0], scheduler=scheduler, vae=vae, text_encoder=t5("UMT5"), tokenizer=tokenizer(),
+                       expand_timesteps=expand_timesteps, **second)
 
 
 def cogvideox():
@@ -163,10 +165,13 @@ def ltx():
 
 BUILDERS = {f.__name__: f for f in (sd3, flux, flux2, qwen_image, zimage, wan, cogvideox, ltx)}
 
+# Members of these families whose networks are called otherwise: SD3.5-medium (a second attention in its first blocks), Wan 2.2 TI2V-5B (a time per token).
+MEMBERS = {"sd35_medium": partial(sd3, dual_attention_layers=(0,)), "wan22_ti2v": partial(wan, expand_timesteps=True)}
+
 
 def build(family: str, folder: str | Path, seed: int = 0, **options) -> Path:
-    """Save the tiny pipeline of `family` at `folder`."""
+    """Save the tiny pipeline of `family`, or of one of its members, at `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        BUILDERS[family](**options).save_pretrained(folder, safe_serialization=True)
+        (BUILDERS | MEMBERS)[family](**options).save_pretrained(folder, safe_serialization=True)
     return Path(folder)

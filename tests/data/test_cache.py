@@ -107,6 +107,47 @@ def test_what_no_present_run_uses_goes_first_and_the_limit_holds(tmp_path, monke
     assert equal(new.get(["new1"])["new1"], item(21))
 
 
+def test_many_runs_stay_within_the_limit_and_what_went_longest_unused_is_gone(tmp_path, monkeypatch):
+    """Eight runs of 600 items through a folder that holds three: a cache that kept all, forgot to look at the others' files, mapped every file or
+    dropped what a present run reads would fail one of the lines below."""
+    monkeypatch.setattr(caches, "FILE_BYTES", 16 * 1024)
+    monkeypatch.setattr(caches, "OPEN_FILES", 8)
+    monkeypatch.setattr(caches, "_touch", lambda path: os.utime(path, (clock[0], clock[0])))
+    clock, limit = [time.time() - 1e6], 3 * 600 * 1400
+    value = torch.randn(256)
+    held = lambda: sum(p.stat().st_size for p in tmp_path.rglob("*") if p.suffix == ".safetensors")
+    for run in range(8):
+        kept, clock[0] = opened(tmp_path, gigabytes=limit / 1e9), clock[0] + 3600
+        kept.started = clock[0]
+        first = [f"{run}-{i}" for i in range(600)]
+        for i, key in enumerate(first):
+            kept.put({key: {"prompt": value + run}})
+            assert kept.waiting_bytes < 16 * 1024 and len(kept.open) <= 8
+        kept.flush()
+        for file in kept.files & kept.touched:                       # those this run wrote: as old as the run
+            os.utime(kept.folder / file, (clock[0], clock[0]))
+        assert held() <= limit and not kept.full
+        assert all(torch.equal(v["prompt"], value + run) for v in kept.get(first).values()) and len(kept.get(first)) == 600 and len(kept.open) <= 8
+        kept.get(["0-0"])                                            # one item of the first run is wanted by all: its file stays
+    again = opened(tmp_path, gigabytes=limit / 1e9)
+    left = [sum(f"{run}-{i}" in again for i in range(600)) for run in range(8)]
+    assert left[-1] == left[-2] == 600 and sum(left[1:4]) == 0 and 0 < left[0] < 30
+
+
+def test_the_index_of_millions_of_prompts_fits_in_memory(tmp_path):
+    """Two million prompts are to be known by name: less than 300 bytes each."""
+    import tracemalloc
+    kept = opened(tmp_path)
+    kept.put({digest(str(i)): {"prompt": torch.ones(1), "pooled": torch.ones(1)} for i in range(5_000)})
+    kept.flush()
+    tracemalloc.start()
+    again = opened(tmp_path)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(again.where) == 5_000 and used / 5_000 < 300
+    assert again.get([digest("7")])[digest("7")].keys() == {"prompt", "pooled"}
+
+
 def test_a_set_larger_than_the_limit_keeps_its_share(tmp_path, monkeypatch):
     """Half of it fits: about half is found in every later epoch (throwing out the least recently used would find 0.15)."""
     monkeypatch.setattr(caches, "FILE_BYTES", 8 * 1024)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "backbones")]
+sys.path[:0] = [str(ROOT / "tests" / "backbones"), str(ROOT / "train_scripts")]
 import tiny_b  # noqa: E402
 
 from zoo import backbones, data  # noqa: E402
@@ -110,3 +110,123 @@ def test_clips_that_are_too_short_are_counted_and_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"caption": "a", "image": "b"}')
     with pytest.raises(UserError, match="clips are read from a folder"):
         model.batches(images=True)
+
+
+# ------------------------------------------------------------------------------------------------ causal students
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return str(tiny_b.build("wan", tmp_path_factory.mktemp("teacher") / "wan"))
+
+
+def causal(wan, where, cache="", **options):
+    """The tiny Wan as train_self_forcing.py opens it; `asked` collects the prompts its encoder is given."""
+    model = backbones.load(wan, data=str(where)).causal()
+    model.storage, model.asked = Storage(str(cache), **options), []
+    conditions = model.conditions
+    model.conditions = lambda prompts: (model.asked.extend(prompts), conditions(prompts))[1]
+    return model
+
+
+def films(root, frames=5, captions=True, size=(32, 32)):
+    root.mkdir()
+    for i in range(3):
+        (root / f"{i}.webp").write_bytes(animation(frames + i, size))
+        if captions:
+            (root / f"{i}.txt").write_text(f"a red {'cat' if i else 'heart'}")
+    return root
+
+
+def test_causal_students_read_prompts_through_the_cache_of_the_wan_family(wan, tmp_path):
+    (tmp_path / "p.txt").write_text("red heart\nblue cat\nred heart\na green tree\n")
+    first = causal(wan, tmp_path / "p.txt")
+    got = first.batches().get(torch.tensor([1, 3, 0]))
+    assert torch.equal(got["cond"]["prompt"], torch.cat([first.encode_prompts([p]) for p in ("blue cat", "a green tree", "red heart")]))
+    assert torch.equal(got["uncond"]["prompt"][0], first.encode_prompts([""])[0]) and "x0" not in got
+    whole = backbones.load(wan, data=str(tmp_path / "p.txt"))                   # the family of bidirectional students fills it
+    whole.storage = Storage(str(tmp_path / "cache"))
+    whole.batches()
+    again = causal(wan, tmp_path / "p.txt", tmp_path / "cache")
+    cached = again.batches().get(torch.tensor([1, 3, 0]))
+    assert again.asked == [] and again.texts.resting and torch.equal(cached["cond"]["prompt"], got["cond"]["prompt"])
+    shown = again.examples(5, 2)
+    assert again.asked == [] and len(shown.names) == 10 == len(shown.cond["prompt"]) == len(shown.uncond["prompt"]) and len(set(shown.names)) == 3
+    with torch.no_grad():
+        next(again.pipe.text_encoder.parameters()).mul_(1.01)
+    again._texts = None
+    with pytest.raises(UserError, match="weights: .*give another --cache"):
+        again.batches()
+    table = tmp_path / "p.jsonl"
+    table.write_text('{"prompt": "red star"}\n{"prompt": "blue star"}\n')
+    streamed = causal(wan, f"{table}?stream=yes&buffer=2")
+    assert streamed.batches().get(torch.tensor([1]))["cond"]["prompt"].shape == got["cond"]["prompt"][:1].shape and streamed.asked[0] == "blue star"
+
+
+def test_a_folder_of_clips_gives_its_captions_or_says_that_there_are_none(wan, tmp_path, capsys):
+    model = causal(wan, films(tmp_path / "clips"))
+    source = model.batches()
+    assert len(source) == 3 and "prompts alone; of" in capsys.readouterr().err
+    assert torch.equal(source.get(torch.tensor([0]))["cond"]["prompt"], model.encode_prompts(["a red heart"]))
+    assert set(model.examples(4).names) == {"a red heart", "a red cat"}
+    with pytest.raises(UserError, match="holds no prompts, since it has no column .*it has video; put a .txt file with its caption beside each video") as error:
+        causal(wan, films(tmp_path / "bare", captions=False)).batches()
+    assert "\n" not in str(error.value)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none holds no images or videos to read captions of: give a file of prompts"):
+        causal(wan, tmp_path / "none").batches()
+    empty = causal(wan, "x")
+    empty.data = ""
+    for ask in (empty.batches, lambda: empty.examples(1)):
+        with pytest.raises(UserError, match="comes without prompts: give --data prompts.txt"):
+            ask()
+
+
+def test_clips_are_the_latents_of_the_wan_family_frames_first(wan, tmp_path):
+    size = backbones.load(wan).stock_size
+    place = films(tmp_path / "clips", size["num_frames"], size=(size["width"], size["height"]))
+    model = causal(wan, place)
+    assert model.stock_size == size
+    bidirectional = backbones.load(wan, data=str(place))
+    index = torch.tensor([2, 0])
+    mine, theirs = (m.batches(images=True).get(index)["x0"] for m in (model, bidirectional))
+    assert mine.shape == (2, *model.shape) and torch.equal(mine, theirs.transpose(1, 2))
+
+
+def test_clips_of_a_teacher_without_autoencoder_are_its_samples(tmp_path):
+    from zoo.backbones.toy_video import small_pipeline
+    from zoo.data.sprites import Sprites
+    sprites = Sprites(frames=4, size=8, side=4, channels=1, names=("disk", "cross"), directions=2, speeds=(("", 1.0),))
+    small_pipeline(sprites, patch=4, heads=2, head_dim=12, layers=1, guidance=1.0).save_pretrained(tmp_path / "small", safe_serialization=True)
+    model = backbones.load(str(tmp_path / "small"), data=str(films(tmp_path / "clips", 4, size=(8, 8))))
+    model.storage = Storage(str(tmp_path / "cache"))
+    for _ in range(2):                                       # read, and from the cache
+        got = model.batches(images=True).get(torch.tensor([1, 0]))
+        assert got["x0"].shape == (2, 4, 1, 8, 8) and torch.equal(got["x0"][0, :, 0, 3, 3], torch.arange(4.0) * 20 / 127.5 - 1)
+    model.data = "sprites"
+    numbers = torch.tensor([0, 5])
+    assert torch.equal(model.batches(images=True).get(numbers)["x0"], sprites[numbers][0])
+    model.data = str(tmp_path / "short")
+    films(tmp_path / "short", 2, size=(8, 8))
+    with pytest.raises(UserError, match=r"1 of 3 clips .*0\.webp \(2 frames; 4 are needed\)"):
+        model.batches(images=True)
+
+
+@pytest.mark.slow
+def test_self_forcing_on_the_captions_of_clips_resumes_to_the_same_bits(wan, tmp_path, monkeypatch):
+    """A Wan teacher, from --data to the student: a folder of clips, killed once, with an embedding cache and without."""
+    import train_self_forcing as script
+    from safetensors.torch import load_file
+    from zoo.backbones.video import Video
+    monkeypatch.setattr(Video, "watched", (2, 1))
+    place = films(tmp_path / "clips")
+
+    def trained(name, steps, cache=""):
+        script.main(script.Config(teacher=wan, data=str(place), batch=2, steps=steps, ode_steps=1, ode_substeps=1, critic_updates=1, chunk=1, time_budget=0,
+                                  checkpoint_every=1, keep_checkpoints=9, sample_every=0, measure_every=0, mixed_precision="no", output_dir=str(tmp_path / name),
+                                  cache=cache and str(tmp_path / cache)))
+        folder = tmp_path / name / "checkpoints" / f"step-{steps:07d}"
+        return {f.name + k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+    whole = trained("whole", 4)
+    trained("resumed", 2, "cache")
+    resumed = trained("resumed", 4, "cache")
+    assert whole.keys() == resumed.keys() and len(whole) > 10 and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert any((tmp_path / "cache").rglob("*.safetensors"))

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,26 @@ def test_a_cache_of_other_encoders_is_refused(teacher, folder, tmp_path):
         large.batches(images=True)
 
 
+def test_a_cache_of_another_revision_of_the_repository_is_refused(teacher, tmp_path, monkeypatch):
+    """A Hub repository that moved on between two runs, its encoders as they were: the commit alone tells."""
+    repo = tmp_path / "hub" / "models--me--model"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(teacher, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    for name, value in (("HF_HUB_CACHE", str(tmp_path / "hub")), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    (tmp_path / "p.txt").write_text("red heart\n")
+
+    def run(commit):
+        (repo / "refs" / "main").write_text(commit * 40)
+        return opened("me/model", tmp_path / "p.txt", tmp_path / "cache").batches()
+    run("a")
+    with pytest.raises(UserError, match=r"text-me--model was encoded by another .*revision: 'a{40}' there, 'b{40}' here\): give another --cache") as error:
+        run("b")
+    assert "\n" not in str(error.value)
+    run("a")
+
+
 def test_ranks_share_the_prompts(teacher, folder, tmp_path):
     models = [counting(opened(teacher, folder, tmp_path / "cache", rank=r, world=2)) for r in range(2)]
     for model in models:
@@ -181,6 +202,8 @@ def test_missing_captions_and_columns_are_named(teacher, tmp_path):
     (tmp_path / "plain" / "a.png").write_bytes(png((1, 2, 3)))
     with pytest.raises(UserError, match=r"no caption column .*it has image"):
         opened(teacher, tmp_path / "plain").batches(images=True)
+    with pytest.raises(UserError, match=r"holds no prompts, since .*it has image; put a .txt file with its caption beside each image, or name"):
+        opened(teacher, tmp_path / "plain").batches()
     shard(tmp_path / "x.tar", [("a", "red", png((1, 2, 3)))])
     with pytest.raises(UserError, match="no column words for the caption: it has png, txt"):
         opened(teacher, f"{tmp_path}/x.tar?caption=words").batches(images=True)

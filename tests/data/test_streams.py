@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
 from zoo import data
@@ -171,8 +172,13 @@ def test_a_shard_that_breaks_off_is_counted_and_too_many_stop(tmp_path):
     place = shards(tmp_path, [3, 3])
     raw = (tmp_path / "001.tar").read_bytes()
     (tmp_path / "001.tar").write_bytes(raw[:4650])                 # within the third picture (members are a header and a block)
-    with pytest.raises(UserError, match=r"1 of 2 files of .*after \d rows"):
+    with pytest.raises(UserError, match=r"1 of 2 files of .*the first is 001\.tar, after \d rows"):
         open_stream(specs.parse(place)).rows(list(range(6)))
+    with pytest.raises(UserError, match=r"001\.tar could not be unpacked .*write it again, or leave it out"):
+        data.prompts(f"{place}?stream=no")
+    (tmp_path / "000.tar").write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"000\.tar, the first of 2 shards, cannot be read .*write it again"):
+        open_stream(specs.parse(place))
 
     def breaks():
         yield {"caption": "0"}
@@ -182,6 +188,44 @@ def test_a_shard_that_breaks_off_is_counted_and_too_many_stop(tmp_path):
     with pytest.warns(UserWarning, match="skipped 1 of 150 files"):
         found = read(stream, list(range(300)))
     assert sorted(found) == sorted(2 * list(range(150))) and stream.n == 150
+
+
+@pytest.mark.parametrize("how", ["", "?stream=yes"])
+def test_a_half_written_parquet_file_is_refused_by_name(tmp_path, how):
+    from datasets import Dataset
+    path = tmp_path / "half.parquet"
+    Dataset.from_dict({"prompt": [f"p {i}" for i in range(2000)]}).to_parquet(str(path))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"half\.parquet (is not a readable parquet file|cannot be read) .*write it again") as error:
+        open_stream(specs.parse(f"{path}{how}")) if how else data.prompts(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["me/set", "me/set?stream=no"])
+@pytest.mark.parametrize("error, says", [
+    ((DatasetNotFoundError, "Dataset 'me/set' is a gated dataset on the Hub. You must be authenticated to access it."),
+     "it is gated; accept its terms at https://huggingface.co/datasets/me/set with your account, then `hf auth login`"),
+    ((DatasetNotFoundError, "Dataset 'me/set' doesn't exist on the Hub or cannot be accessed."), "there is no such set, or it is private"),
+    ((ValueError, "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample of usage:\n\t`x`"),
+     r"several configurations \(.*\['a', 'b'\]\); name one, as in --data 'me/set\?config=NAME'"),
+    ((ValueError, "Bad split: train. Available splits: ['test']"), r"Available splits: \['test'\]; name the split, as in --data me/set:SPLIT"),
+    ((RuntimeError, "Dataset scripts are no longer supported, but found set.py"), "a script of its own, which is not run"),
+    ((ConnectionError, "Couldn't reach 'me/set' on the Hub"), "check the path or id, its split .* and the network")])
+def test_what_the_hub_refuses_is_said_with_its_remedy(monkeypatch, place, error, says):
+    """In the words of the `datasets` library (5.2)."""
+    import datasets
+    asked = []
+
+    def refused(*args, **options):
+        asked.append((args, options))
+        raise error[0](error[1])
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(UserError, match=f"no data at 'me/set'.*{says}") as found:
+        open_stream(specs.parse(place)) if "stream" not in place else data.open_dataset(place)
+    assert "\n" not in str(found.value) and asked[0][0] == ("me/set", None)
+    with pytest.raises(UserError):
+        open_stream(specs.parse("me/set?config=b")) if "stream" not in place else data.open_dataset("me/set?config=b")
+    assert asked[1][0] == ("me/set", "b")
 
 
 def test_an_empty_or_unreachable_stream_says_so(tmp_path):

@@ -18,9 +18,11 @@ def arguments(config: str, *more: str):
 
 def environment(config: str, *more: str) -> dict[str, str]:
     """The variables `accelerate launch` would set for the processes of `config`, and no others."""
-    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
     args = arguments(config, *more)
-    made = prepare_simple_launcher_cmd_env(args)[1] if args.num_processes == 1 else prepare_multi_gpu_env(args)
+    args.deepspeed_fields_from_accelerate_config = ""             # what `accelerate launch` sets besides
+    made = (prepare_simple_launcher_cmd_env(args)[1] if args.num_processes == 1 else prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed
+            else prepare_multi_gpu_env(args))
     return {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
 
 

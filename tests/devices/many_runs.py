@@ -23,6 +23,11 @@ for job in json.loads(sys.argv[1]):
     run = script.main(script.Config(**job["options"]))
     assert run.world == 2 and run.accelerator.num_processes == 2, run.world
     assert run.sharded == job["sharded"], run.accelerator.distributed_type
+    assert (run.engine is not None) == job.get("zero", False)
+    if run.engine is not None:                               # a rank holds half of Adam's states, and hardly anything else
+        t, part = run.engine.trainee, run.engine.part
+        assert part.numel() <= 0.5 * sum(p.numel() for p in t.params.values()) + 16 and run.accelerator.num_processes == 2
+        assert set(t.optimizer.state) <= {part} and not any(p.grad is not None for p in t.params.values())
     for t in run.trainees.values():
         whole = [p.detach().flatten() for n, p in t.own.items() if p is t.params[n]]
         if job["sharded"] and not job["options"].get("lora") and t.net.role is None:

@@ -57,6 +57,8 @@ def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
         kind = _pipeline_class(folder, teacher)
         family = adapter(kind, teacher)
         model = family(folder, name=teacher, data=known.get("data", ""), guidance=known.get("guidance", 0.0))
+    if data and teacher in ("toy", "toy-video"):
+        raise UserError(f"--data {data}: {teacher} draws its own data; drop --data, or give another --teacher")
     if data:
         model.data = data
     if guidance:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..critics import GanHead, Heads
-from ..data.cache import Storage, size
-from ..denoiser import SLOT_DIM, Denoiser, SlotEmbedding, add_adapter, add_slot, checkpoint_activations
+from ..data.cache import Storage
+from ..denoiser import SLOT_DIM, Denoiser, SlotEmbedding, SlotSequence, add_adapter, add_slot, checkpoint_activations
 from ..errors import UserError
 from ..process import Pred, Process, RectifiedFlow
 
@@ -48,7 +47,8 @@ class Backbone:
     name: as the user gave it; module: the teacher's network; process, pred: how its output is read;
     shape: one sample [C, H, W]; guidance: default teacher scale w; tap: submodule feeding a GAN head;
     lora_targets: regular expression of the layers that get adapters; time_embeddings: paths of the network's diffusers
-    `TimestepEmbedding`s, where a second scalar is added; shift: the stock scheduler's k of `times.shifted` (flow matching);
+    `TimestepEmbedding`s (or sequences of layers that do the same), where a second scalar is added;
+    shift: the stock scheduler's k of `times.shifted` (flow matching);
     folds_guidance: the stock pipelines leave guidance alone when the network has `time_cond_proj_dim` (Stable Diffusion);
     stock_call: what a stock call must be told besides the number of steps, e.g. {"guidance_scale": 1.0};
     pipeline_tag: the task of its students on the Hub; style: the LoRA in the teacher's weights (style.add_style), if any."""
@@ -161,19 +161,32 @@ class Backbone:
             return add_slot(module)
         for path in self.time_embeddings:
             if not hasattr(module.get_submodule(path), "condition"):
-                module.set_submodule(path, SlotEmbedding(module.get_submodule(path)))
+                part = module.get_submodule(path)
+                module.set_submodule(path, (SlotSequence if isinstance(part, nn.Sequential) else SlotEmbedding)(part))
         module.__dict__["time_embedding"] = Slots([module.get_submodule(path) for path in self.time_embeddings])
+
+    def constant_of_time(self) -> Tensor:
+        """[width] combination of the network's time features that is 1 at every timestep. Families whose time embedding has no biases give
+        it: a second scalar that is fixed at export stays in the weights through it."""
+        raise NotImplementedError
 
     def student_pipeline(self, module: nn.Module, scheduler):
         """The teacher's own pipeline around another network and scheduler."""
         return type(self.pipe)(**self.pipe.components | {self.part: module, "scheduler": scheduler})
 
+    moved = False             # whether `shift_times` was called
+
+    @property
+    def takes_shift(self) -> bool:
+        """Whether `shift_times` is possible: the times of a flow-matching teacher."""
+        return isinstance(self.process, RectifiedFlow) and self.pred in ("velocity", "flow") and self.family != "video"
+
     def shift_times(self, k: float) -> None:
         """Count the times of a flow teacher so that uniform draws and evenly spaced knots are moved towards noise by k (`times.shifted`), before
         any role is made. The path, the network and what leaves are the same; the contract's timesteps follow. Raises UserError elsewhere."""
-        if not isinstance(self.process, RectifiedFlow) or self.pred not in ("velocity", "flow") or self.family == "video":
+        if not self.takes_shift:
             raise UserError(f"--flow_shift moves the times of flow-matching teachers, and {self.name} ({self.family}) counts its own: leave it out")
-        self.process, self.pred = RectifiedFlow(k), "flow"
+        self.process, self.pred, self.moved = RectifiedFlow(k), "flow", True
 
     def head_shape(self) -> tuple[int, int | None]:
         """(channels, side) of the tapped feature map."""
@@ -329,28 +342,3 @@ class Prompted(Latent):
 
 def _repeat(cond: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     return {k: v.expand(n, *v.shape[1:]) for k, v in cond.items()}
-
-
-class Memo:
-    """Results per item index, kept on the CPU up to `limit` items and `most` bytes (oldest out first). compute(items) gives a tensor [n, ...]
-    or a dict of them."""
-
-    def __init__(self, compute: Callable[[list[int]], Tensor | dict[str, Tensor]], limit: int = 100_000, most: int = 4 * 2**30):
-        self.compute, self.limit, self.most, self.bytes, self.kept = compute, limit, most, 0, OrderedDict()
-
-    def __call__(self, index: Tensor) -> Tensor | dict[str, Tensor]:
-        wanted = index.tolist()
-        missing = sorted({i for i in wanted if i not in self.kept})
-        fresh = {}
-        if missing:
-            with torch.no_grad():
-                made = self.compute(missing)
-            fields = made if isinstance(made, dict) else {"": made}
-            fresh = {i: {k: v[j].cpu().clone() for k, v in fields.items()} for j, i in enumerate(missing)}
-        rows = [fresh[i] if i in fresh else self.kept[i] for i in wanted]
-        out = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-        self.kept.update(fresh)
-        self.bytes += sum(map(size, fresh.values()))
-        while len(self.kept) > self.limit or self.bytes > self.most:
-            self.bytes -= size(self.kept.popitem(last=False)[1])
-        return out.get("", out)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ..data.feed import Pictures
-from ..data.spec import parse
+from ..data.feed import labelled
 from ..errors import UserError
 from .base import Blocks, Examples, Latent, Source
 from .sd import variance_preserving
@@ -45,14 +44,7 @@ class DiT(Blocks, Latent):
     def batches(self, images=False):
         if not images:                        # labels are all a data-free method needs
             return Source(NULL * 100, lambda index: self._conditions(index % NULL))
-        if parse(self.data).stream:
-            raise UserError(f"the {self.family} family reads labelled pictures as a whole: drop ?stream=yes from --data")
-        pictures = Pictures(self, parse(self.data), "label")
-
-        def get(index):
-            label, x0 = pictures(index.tolist())
-            return self._conditions(torch.tensor(label)) | {"x0": x0}
-        return Source(pictures.n, get)
+        return labelled(self, NULL, self._conditions)
 
     def examples(self, n, seeds=1):
         label = (torch.arange(n) * 97).remainder(NULL).repeat_interleave(seeds)       # spread over the classes

@@ -1,11 +1,12 @@
 """Pixel-space UNet2DModel, class-conditional or unconditional: `ConsistencyModelPipeline`, `DDPMPipeline`, `DDIMPipeline` folders.
 
-A class-conditional network is guided through a null class, by convention its last one (as our Fashion-MNIST teacher)."""
+A class-conditional network is guided through a null class, by convention its last one (as our Fashion-MNIST teacher). Pictures are read as they
+are needed, from anything `--data` names (data.feed), their class numbers from the column label or the subfolders they are in."""
 from __future__ import annotations
 
 import torch
 
-from .. import data as datasets_
+from ..data.feed import labelled
 from .base import Backbone, Examples, Source
 from .sd import variance_preserving
 
@@ -13,6 +14,7 @@ from .sd import variance_preserving
 class Pixel(Backbone):
     family = "pixel"
     bf16_on_cpu = True
+    scale = 1                 # pixels of a picture per pixel of a sample
 
     def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
         from diffusers import DiffusionPipeline
@@ -44,9 +46,15 @@ class Pixel(Backbone):
         if not images:                        # labels are all a data-free method needs
             n = max(self.classes - 1, 1) if self.classes else 1
             return Source(n * 1000, lambda index: self._conditions(index % n))
-        pixels, table = datasets_.load(self.data, self.shape[-1], self.shape[0])
-        label = torch.tensor(table["label"]) if "label" in table.column_names else torch.zeros(len(pixels), dtype=torch.long)
-        return Source(len(pixels), lambda index: self._conditions(label[index]) | {"x0": pixels[index]})
+        return labelled(self, max(self.classes - 1, 1) if self.classes else 0, self._conditions)
+
+    @property
+    def picture_channels(self) -> int:
+        return self.shape[0]
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3 or 1, H, W] in [-1, 1] are the samples."""
+        return images
 
     def examples(self, n, seeds=1):
         label = torch.arange(n).remainder(max((self.classes or 2) - 1, 1)).repeat_interleave(seeds)

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data as datasets_
+from ..data.feed import feed, fields, some_prompts
 from ..data.sprites import Sprites
 from ..denoiser import Denoiser
 from ..errors import UserError
 from ..process import RectifiedFlow
 from ..rollout_causal import Layout
-from .base import Backbone, Examples, Memo, Source
+from .base import Examples, Prompted, Source
 from .wan_causal import causal_forward, open_attention
 
 FACTS = "_fewstep_teacher"      # in the scheduler's config of our own teachers: shape, guidance, sprites
@@ -60,8 +60,11 @@ def mosaic(video: Tensor, most: int = 16, side: int = 128) -> Tensor:
     return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-class Video(Backbone):
+class Video(Prompted):
     family, pred, part, watched = "video", "velocity", "transformer", (8, 2)
+    pipeline_tag = "text-to-video"
+    text_family = "wan"       # prompts are encoded as there: one cache serves both
+    any_size = False
     lora_targets = r"blocks\..*(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
     sprites: Sprites | None = None
 
@@ -115,28 +118,52 @@ class Video(Backbone):
         """[n, tokens, width], exactly as the stock pipeline encodes them."""
         return encode_prompts(self.pipe, prompts)
 
-    def _captions(self) -> list[str]:
-        if not self.data:
-            raise UserError(f"{self.name} comes without prompts: give --data prompts.txt")
-        return self.sprites.captions if self.data == "sprites" else datasets_.prompts(self.data)
+    def conditions(self, prompts):
+        return {"prompt": self.encode_prompts(prompts)}
+
+    @property
+    def length(self) -> int:
+        return text_length(self.pipe)
 
     def batches(self, images=False):
-        captions, sprites = self._captions(), self.sprites
-        if images and self.data != "sprites":
-            raise UserError("video files are not read yet: methods that need clips train on the sprites of make_video_teacher.py")
-        embeddings = Memo(lambda i: self.encode_prompts([captions[j] for j in i]), limit=5_000)
-        empty = self.encode_prompts([""])
+        if self.data != "sprites":
+            return feed(self, images)
+        captions, sprites = self.sprites.captions, self.sprites
+        self.texts.prepare(captions)
 
         def get(index):
-            fields = {"cond": {"prompt": embeddings(index % len(captions))}, "uncond": {"prompt": empty.expand(len(index), -1, -1)}}
-            return fields | ({"x0": sprites[index][0]} if images else {})
+            return fields(self.texts, [captions[i % len(captions)] for i in index.tolist()], sprites[index][0] if images else None)
         return Source(len(sprites) if images else len(captions), get)
 
     def examples(self, n, seeds=1):
-        captions = sorted(set(self._captions()))
+        captions = sorted(set(self.sprites.captions if self.data == "sprites" else some_prompts(self)))
         pick = torch.randperm(len(captions), generator=torch.Generator().manual_seed(7)).tolist()
         names = [captions[pick[i % len(pick)]] for i in range(n) for _ in range(seeds)]
-        return Examples(names, {"prompt": self.encode_prompts(names)}, {"prompt": self.encode_prompts([""]).expand(len(names), -1, -1)})
+        found = fields(self.texts, names)
+        return Examples(names, {k: v.to(self.module.device) for k, v in found["cond"].items()}, found["uncond"])
+
+    @property
+    def stock_size(self) -> dict:
+        """Frames and pixels of a clip that is one sample."""
+        (frames, _, height, width), pipe = self.shape, self.pipe
+        if pipe.vae is None:
+            return {"num_frames": frames, "height": height, "width": width}
+        time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+        return {"num_frames": (frames - 1) * time + 1, "height": height * space, "width": width * space}
+
+    @property
+    def picture_channels(self) -> int:
+        return self.shape[1] if self.pipe.vae is None else 3
+
+    @torch.no_grad()
+    def encode(self, clips: Tensor) -> Tensor:
+        """Clips [B, 3 or 1, F, H, W] in [-1, 1] to samples: scaled latents (mode), or the clips themselves without an autoencoder."""
+        vae = self.pipe.vae
+        if vae is None:
+            return clips.transpose(1, 2)
+        z = vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(z) for v in (vae.config.latents_mean, vae.config.latents_std))
+        return ((z - mean) / std).transpose(1, 2)
 
     def frames(self, x: Tensor) -> Tensor:
         """Samples [B, *shape] to videos [B, F, 3 or 1, H, W] in [-1, 1]."""
@@ -159,4 +186,9 @@ def encode_prompts(pipe, prompts: list[str]) -> Tensor:
     """[n, tokens, width] float32, by the stock WanPipeline's own encoding; 512 tokens as it does, or the tokenizer's own length."""
     from diffusers import WanPipeline
     encode = partial(WanPipeline._get_t5_prompt_embeds, pipe)
-    return encode(prompts, max_sequence_length=min(512, pipe.tokenizer.model_max_length), device=pipe.transformer.device).float()
+    return encode(prompts, max_sequence_length=text_length(pipe), device=pipe.transformer.device).float()
+
+
+def text_length(pipe) -> int:
+    """Tokens of a prompt: 512, as the stock call has it, or the tokenizer's own number."""
+    return min(512, pipe.tokenizer.model_max_length)

@@ -29,8 +29,8 @@ class Wan(FlowVideo):
     def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
         from diffusers import WanPipeline
         index = WanPipeline.load_config(folder)
-        if index.get("transformer_2", [None])[0]:
-            raise UserError(f"{name} is a Wan 2.2 model of two networks, one per range of noise, which is not supported: use Wan 2.1 or Wan 2.2 TI2V-5B")
+        if index.get("transformer_2", [None])[0] or index.get("boundary_ratio") is not None:
+            raise UserError(f"{name} is a Wan 2.2 A14B model: two networks, one per range of noise, are not supported: use Wan 2.1 or Wan 2.2 TI2V-5B")
         self.start(folder, name, data, guidance)
         time, space = self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
         self.size(self.module.config.in_channels, 80 // time + 1, 480 // space, 832 // space)       # the stock call's 81 frames

@@ -1,5 +1,5 @@
 """Z-Image: `ZImagePipeline`. Its network counts time from noise (0) to data (1) and returns minus the velocity; its guidance_scale g means
-D_c + g (D_c - D_u), which is w = 1 + g here. The time embedding is an MLP of its own: two-time students are not supported."""
+D_c + g (D_c - D_u), which is w = 1 + g here. The time embedding is a sequence of layers of its own."""
 from __future__ import annotations
 
 import torch
@@ -13,8 +13,8 @@ class ZImage(Flow):
     student_call = {"guidance_scale": 0.0}
     large_encoders = ("text_encoder",)
     blocks = ("layers", "")
-    time_embeddings = ("time_embedding",)
-    lora_targets = r".*(to_q|to_k|to_v|to_out\.0|feed_forward\.w[123])"
+    time_embeddings = ("t_embedder.mlp",)
+    lora_targets = r".*(to_q|to_k|to_v|to_out\.0|feed_forward\.w[123]|cond_proj)"
 
     def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
         self.start(folder, name, data, guidance)

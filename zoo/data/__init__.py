@@ -30,6 +30,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLE_TYPES = {".parquet", ".jsonl", ".csv"}
 CAPTIONS = ("caption", "text", "prompt")  # in this order; the first present becomes `caption`
+LABELS = ("label", "labels", "class", "cls")  # likewise
 
 
 # ------------------------------------------------------------------------------ the built-in sets
@@ -99,18 +100,26 @@ def is_local(place: str | Path) -> bool:
     return name in BUILT_IN or path.exists() or file or name.count("/") != 1 or name.startswith((".", "/", "~"))
 
 
-def prompts(spec: str | Path) -> list[str]:
+def prompts(spec: str | Path, column: str = "image") -> list[str]:
     """Prompts from a .txt file (one a line, empty lines skipped) or the captions of what `open_dataset` reads.
 
-    Tables need no images: a column caption, text or prompt is enough. Raises UserError when missing or empty.
+    Tables need no images: a column caption, text or prompt is enough. column: whether the captions of a folder are those of its
+    images or its videos; where it has none of them, of the other. Raises UserError when missing or empty.
     """
     if Path(spec).suffix == ".txt":
         lines = _text(Path(spec), "prompts file").splitlines()
     else:
-        table = _table(spec)
+        place = Path(parse(spec).place)
+        if place.is_dir() and not _files_of(place, column):
+            column = {"image": "video", "video": "image"}[column]
+            if not _files_of(place, column):
+                raise UserError(f"{spec} holds no images or videos to read captions of: give a file of prompts (.txt, .jsonl, .csv or .parquet), "
+                                "or a folder of captioned ones")
+        table = _table(spec, column)
         if "caption" not in table.column_names:
-            raise UserError(f"{spec} has no column {' or '.join(CAPTIONS)}: "
-                            f"it has {', '.join(table.column_names) or 'none'}")
+            where = f"put a .txt file with its caption beside each {column}" if place.is_dir() else "give it one"
+            raise UserError(f"{spec} holds no prompts, since it has no column {' or '.join(CAPTIONS)}: it has {', '.join(table.column_names) or 'none'}; "
+                            f"{where}, or name the column, as in '{place}?caption=COLUMN'")
         lines = table["caption"]
         tally = Tally(f"prompts of {spec}", len(table))
         for i, line in enumerate(lines):
@@ -187,7 +196,7 @@ def _decode(entry: dict, size: int | tuple[int, int], channels: int):
 def _table(spec: str | Path, column: str = "image") -> Dataset:
     known = parse(spec)
     table = _inner(_place(known, column), known.caption)
-    for what, asked in (("caption", known.caption), (column, known.image if column == "image" else known.video)):
+    for what, asked in (("caption", known.caption), (column, known.image if column == "image" else known.video), ("label", known.label)):
         found = asked in table.column_names or what == "caption" == _usual(table) and (asked in CAPTIONS or "." in asked)
         if asked and not found:
             raise UserError(f"{known.place} has no column {asked} for the {what}: it has {', '.join(table.column_names)}")
@@ -227,7 +236,7 @@ def _place(spec: Spec, column: str) -> Dataset:
     if is_local(place):
         raise UserError(f"no data at {place!r}: give {', '.join(BUILT_IN)}, a folder of images, a parquet, jsonl or csv file, "
                         "shards such as path/{000..010}.tar, or a Hub id such as user/name")
-    return _hub(name, split or "train")
+    return _hub(name, split or "train", spec.config)
 
 
 def _text(path: Path, what: str) -> str:
@@ -290,16 +299,35 @@ def _shards(spec: Spec) -> Dataset:
     try:
         table = load_dataset("webdataset", data_files={"train": files}, split="train")
     except Exception as error:
-        raise UserError(f"{spec.place} could not be unpacked ({type(error).__name__}: {error}".splitlines()[0] + "): check the shards") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        which = _broken(spec.shards) or spec.place
+        raise UserError(f"{which} could not be unpacked ({type(error).__name__}: {reason}): write it again, or leave it out") from error
     return _named(_pictured(table))
+
+
+def _broken(shards: list[Path]) -> Path | None:
+    """The first of the tar files that cannot be read to its end."""
+    import tarfile
+    for path in shards:
+        try:
+            with tarfile.open(path) as tar:
+                tar.getmembers()
+        except (tarfile.TarError, OSError, EOFError):
+            return path
+    return None
+
+
+def _files_of(folder: Path, column: str) -> list[Path]:
+    from .clips import VIDEO_TYPES
+    types = {"image": IMAGE_TYPES, "video": VIDEO_TYPES}[column]
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in types and p.is_file())
 
 
 def _folder(folder: Path, column: str = "image") -> Dataset:
     from datasets import ClassLabel, Dataset, Image
 
     from .clips import VIDEO_TYPES
-    types = IMAGE_TYPES if column == "image" else VIDEO_TYPES
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in types and p.is_file())
+    types, files = {"image": IMAGE_TYPES, "video": VIDEO_TYPES}[column], _files_of(folder, column)
     if not files:
         raise UserError(f"{folder} holds no {column}s ({', '.join(sorted(types))}): "
                         "point to a folder with at least one")
@@ -320,20 +348,41 @@ def _folder(folder: Path, column: str = "image") -> Dataset:
     table = _named(Dataset.from_dict(columns))
     table = table.cast_column("image", Image()) if column == "image" else table
     if "label" not in table.column_names and names and all(p.parent != folder for p in files):
-        labels = [names.index(p.relative_to(folder).parts[0]) for p in files]
+        if all(name.isdecimal() for name in names):      # the class numbers themselves
+            return table.add_column("label", [int(p.relative_to(folder).parts[0]) for p in files])
+        number = {name: i for i, name in enumerate(names)}
+        labels = [number[p.relative_to(folder).parts[0]] for p in files]
         table = table.add_column("label", labels).cast_column("label", ClassLabel(names=names))
     return table
 
 
-def _hub(name: str, split: str) -> Dataset:
+def _hub(name: str, split: str, config: str = "") -> Dataset:
     from datasets import load_dataset
     try:
-        table = load_dataset(name, split=split)
-    except Exception as error:  # offline, private, misspelt, unknown split: the remedy is the same
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"no data at {name!r}: it is no folder or file here, and the Hub set could not be loaded "
-                        f"({reason}); check the path or id, its split (user/name:split) and the network") from error
+        table = load_dataset(name, config or None, split=split)
+    except Exception as error:
+        raise unreachable(name, error) from error
     return _named(_pictured(table))
+
+
+def unreachable(name: str, error: Exception) -> UserError:
+    """The one line for a Hub set that could not be opened."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    head, repo = f"no data at {name!r}: it is no folder or file here, and the Hub set could not be opened", name.partition(":")[0]
+    if "gated dataset" in text:
+        return UserError(f"{head}: it is gated; accept its terms at https://huggingface.co/datasets/{repo} with your account, then `hf auth login`")
+    if isinstance(error, DatasetNotFoundError):
+        return UserError(f"{head}: there is no such set, or it is private and you are not logged in; check the id, or `hf auth login`")
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        names = [line.strip() for line in str(error).splitlines() if "available configs" in line.lower() or "Available:" in line]
+        return UserError(f"{head}: it has several configurations ({' '.join(names or [text])[:300]}); name one, as in --data '{name}?config=NAME'")
+    if "scripts are no longer supported" in text:
+        return UserError(f"{head}: it is made by a script of its own, which is not run; use a copy of it as parquet files")
+    if text.startswith(("Bad split", "Unknown split")):
+        return UserError(f"{head}: {text}; name the split, as in --data {repo}:SPLIT")
+    return UserError(f"{head} ({type(error).__name__}: {text}); check the path or id, its split (user/name:split) and the network")
 
 
 def _pictured(table: Dataset) -> Dataset:
@@ -345,5 +394,7 @@ def _pictured(table: Dataset) -> Dataset:
 
 
 def _named(table: Dataset) -> Dataset:
-    caption = next((c for c in (*CAPTIONS, "txt") if c in table.column_names), "caption")
-    return table if caption == "caption" else table.rename_column(caption, "caption")
+    for name, usual in (("caption", (*CAPTIONS, "txt")), ("label", LABELS)):
+        found = next((c for c in usual if c in table.column_names), name)
+        table = table if found == name else table.rename_column(found, name)
+    return table

@@ -144,7 +144,8 @@ class Cache:
         self.folder, self.limit, self.root, self.full = folder, limit, root, False
         self.started, self.flushed = time.time(), time.monotonic()
         self.where: dict[str, str] = {}              # key -> file
-        self.labels: dict[str, list[str]] = {}       # key -> names of its tensors in the file
+        self.labels: dict[str, tuple[str, ...]] = {} # key -> names of its tensors in the file, equal ones one object: there are millions
+        self.kinds: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.files: set[str] = set()
         self.touched: set[str] = set()
         self.open: OrderedDict = OrderedDict()
@@ -181,15 +182,19 @@ class Cache:
         for name in sorted(there - self.files):
             handle = self._handle(name)
             if handle is not None:
+                found: dict[str, list[str]] = {}
                 for full in handle.keys():
                     key, _, label = full.partition("/")
+                    found.setdefault(key, []).append(label)
+                for key, labels in found.items():
                     if key not in self.where:
-                        self.where[key], self.labels[key] = name, []
-                    if self.where[key] == name:
-                        self.labels[key].append(label)
+                        self._learn(key, name, labels)
         for name in self.files - there:
             self._forget(name)
         self.files = there
+
+    def _learn(self, key: str, name: str, labels) -> None:
+        self.where[key], self.labels[key] = name, self.kinds.setdefault(tuple(labels), tuple(labels))
 
     def _handle(self, name: str):
         """The mapped file, or None when it is gone or broken (a broken one is removed: what it held is encoded again)."""
@@ -261,7 +266,7 @@ class Cache:
                 self.files.add(name)
                 self.touched.add(name)
                 for key, fields in self.waiting.items():
-                    self.where[key], self.labels[key] = name, list(fields)
+                    self._learn(key, name, fields)
             else:
                 self.full = True
                 warnings.warn(f"the cache {self.root} is full ({self.limit / 1e9:g} GB) with what this run uses: the rest is encoded whenever it is "

@@ -21,9 +21,10 @@ class TooShort(ValueError):
         return str(self)
 
 
-def decode(raw: bytes, frames: int, size: tuple[int, int], fps: float = 0.0) -> Tensor:
-    """uint8 [3, frames, H, W] of the file in `raw`: consecutive frames from its beginning, scaled to cover `size` = (H, W) and cropped at the
-    centre. fps > 0: the frames shown at 0, 1/fps, 2/fps ... seconds. Raises ValueError for clips that are too short or no clips at all."""
+def decode(raw: bytes, frames: int, size: tuple[int, int], fps: float = 0.0, channels: int = 3) -> Tensor:
+    """uint8 [channels, frames, H, W] of the file in `raw`, in colour (3) or grey (1): consecutive frames from its beginning, scaled to cover
+    `size` = (H, W) and cropped at the centre. fps > 0: the frames shown at 0, 1/fps, 2/fps ... seconds. Raises ValueError for clips that are too
+    short or no clips at all."""
     import numpy as np
     from PIL import Image, ImageOps
     chosen, shown, count = [], None, 0
@@ -41,8 +42,8 @@ def decode(raw: bytes, frames: int, size: tuple[int, int], fps: float = 0.0) -> 
         chosen.append(shown)
     if len(chosen) < frames:
         raise TooShort(f"{count} frames{f', {len(chosen)} at {fps:g} a second' if fps else ''}; {frames} are needed")
-    fitted = [np.asarray(ImageOps.fit(p.convert("RGB"), size[::-1], Image.Resampling.LANCZOS)) for p in chosen]
-    return torch.from_numpy(np.stack(fitted)).permute(3, 0, 1, 2)
+    fitted = [np.asarray(ImageOps.fit(p.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.LANCZOS)) for p in chosen]
+    return torch.from_numpy(np.stack(fitted).reshape(frames, *size, channels)).permute(3, 0, 1, 2)
 
 
 def _frames(raw: bytes):

@@ -1,23 +1,30 @@
 """From what `--data` names to training items: prompts and pictures encoded by the teacher's own parts, each once.
 
     source = feed(model, images=True)      # items cond, uncond and x0, by global sample number (Run.micro_batches)
+    source = labelled(model, 10, conditions)      # the same of pictures with class numbers, conditions(numbers [B]) giving cond and uncond
 
 Every prompt and picture is encoded by itself: in a batch, what stands beside it would show in the last bit, and a run that resumes, or
 has another number of ranks, would not repeat itself.
-`model` is a prompted backbone: conditions(list of prompts), unconditional(), encode(pictures), shape, pipe, storage."""
+`model` is a backbone: encode(pictures), shape, pipe, storage; where it is prompted conditions(list of prompts) and unconditional(). One
+without an autoencoder (`pipe.vae` missing or None) has pictures as its samples; they are kept as bytes."""
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from . import buckets, clips
+from .ahead import before_network
 from .cache import digest, fingerprint, open_cache
 from .spec import Spec, parse
 from .streams import Stream, open_stream
@@ -27,6 +34,8 @@ PART = 64                      # prompts between two looks at the cache's limit
 FORMAT = 1                     # of what is cached; counts up when the same facts would give other tensors
 UNCONDITIONAL = digest("", "unconditional")
 UNKNOWN = 2**31                # nominal length of a stream before its first epoch has ended
+if TYPE_CHECKING:
+    from ..backbones.base import Source
 
 
 def feed(model, images: bool = False):
@@ -41,24 +50,46 @@ def feed(model, images: bool = False):
         items = Pictures(model, spec)
         if items.captions is not None:        # those of a stream are not known
             texts.prepare(items.captions)
-        source = Source((items.stream.n if items.stream else items.n) or UNKNOWN, lambda index: _fields(texts, *items(index.tolist())), items.order)
-        source.cache = items.cache
-        return source
+        return _source(items, lambda index: fields(texts, *items(index.tolist())))
     stream = _stream(model, spec, images=False)
     if stream is not None:
-        get = lambda index: _fields(texts, [row["caption"] for row in _captioned(stream, index.tolist())])
+        get = lambda index: fields(texts, [row["caption"] for row in _complete(stream, index.tolist())])
         source = Source(stream.n or UNKNOWN, get, lambda numbers, seed, batch: stream.order(numbers, seed))
         source.identity = f"stream {model.data}"
         return source
     captions = _prompts(model)
+    if Path(spec.place).is_dir() and model.storage.rank == 0:
+        print(f"note: this method trains on prompts alone; of {spec.place} it reads the {len(captions)} captions", file=sys.stderr)
     texts.prepare(captions)
-    source = Source(len(captions), lambda index: _fields(texts, [captions[i] for i in index.tolist()]))
+    source = Source(len(captions), lambda index: fields(texts, [captions[i] for i in index.tolist()]))
     source.identity = f"{len(captions)} prompts {digest(*captions)}"
+    return source
+
+
+def labelled(model, classes: int, conditions: Callable[[Tensor], dict]) -> Source:
+    """A Source of the pictures of the model's --data with their class numbers below `classes` (0: pictures alone). Raises UserError when there
+    is no data, and for labels that are not there or of other classes."""
+    if not model.data:
+        raise UserError(f"{model.name} comes without {'labelled ' * bool(classes)}pictures: give --data FOLDER")
+    items = Pictures(model, parse(model.data), "label" if classes else "", classes)
+
+    def get(index):
+        labels, x0 = items(index.tolist())
+        return conditions(torch.tensor(labels)) | {"x0": x0}
+    return _source(items, get)
+
+
+def _source(items: "Pictures", get: Callable[[Tensor], dict]) -> Source:
+    from ..backbones.base import Source
+    source = Source((items.stream.n if items.stream else items.n) or UNKNOWN, get, items.order)
+    source.cache = items.cache
     return source
 
 
 def some_prompts(model, most: int = 1000) -> list[str]:
     """Prompts of the model's --data, all of a list or the first of a stream."""
+    if not model.data:
+        raise UserError(f"{model.name} comes without prompts: give --data prompts.txt")
     stream = _stream(model, parse(model.data), images=False)
     if stream is None:
         return _prompts(model)
@@ -69,44 +100,63 @@ def some_prompts(model, most: int = 1000) -> list[str]:
     return found[:most]
 
 
-def _fields(texts: "Texts", captions: list[str], x0: Tensor | None = None) -> dict:
-    fields = {"cond": texts(captions), "uncond": {k: v.expand(len(captions), *v.shape[1:]) for k, v in texts.empty().items()}}
-    return fields | ({} if x0 is None else {"x0": x0})
+def fields(texts: "Texts", captions: list[str], x0: Tensor | None = None) -> dict:
+    """An item of these captions, with x0 where given."""
+    found = {"cond": texts(captions), "uncond": {k: v.expand(len(captions), *v.shape[1:]) for k, v in texts.empty().items()}}
+    return found | ({} if x0 is None else {"x0": x0})
 
 
 def _prompts(model) -> list[str]:
     from . import prompts
-    return prompts(model.data)
+    return prompts(model.data, "video" if len(model.shape) == 4 else "image")
 
 
-def _stream(model, spec: Spec, images: bool) -> Stream | None:
-    """The stream that `spec` is, or None for what is read as a whole."""
+def _stream(model, spec: Spec, images: bool, beside: str = "caption") -> Stream | None:
+    """The stream that `spec` is, or None for what is read as a whole. beside: what its rows must have besides a picture, if anything."""
     from . import is_local
     if not (spec.stream if spec.stream is not None else bool(spec.shards) or not is_local(spec.place)):
         return None
     notes = model.storage.notes
     sizes = [f"{p.name} {p.stat().st_size}" for p in spec.shards]
-    stream = open_stream(spec, notes and Path(notes) / f"rows-{digest(spec.place, *sizes)}.json", images)
-    missing = {"caption", *(["image"] if images else [])} - set(stream.columns)
+    stream = open_stream(spec, notes and Path(notes) / f"rows-{digest(spec.place, *sizes)}.json", images, beside)
+    missing = sorted({beside, "image" if images else ""} - set(stream.columns) - {""})
     if missing:
-        raise UserError(f"--data {spec.place} has no column for the {' and the '.join(sorted(missing))}: it has {', '.join(stream.names)}; "
-                        f"name it, as in --data '{spec.place}?caption=COLUMN'")
-    stream.empty = Tally(f"captions of {spec.place}")
+        raise UserError(f"--data {spec.place} has no column for the {' and the '.join(missing)}: it has {', '.join(stream.names)}; "
+                        f"name it, as in --data '{spec.place}?{missing[0]}=COLUMN'")
+    stream.empty = Tally(f"{beside}s of {spec.place}")
     return stream
 
 
-def _captioned(stream: Stream, positions: list[int]) -> list[dict]:
-    """The rows at `positions`, each without a caption replaced by the next that has one."""
+def _complete(stream: Stream, positions: list[int], beside: str = "caption", classes: int = 0) -> list[dict]:
+    """The rows at `positions`, each without a caption (or label) that can be used replaced by the next that has one."""
     rows = stream.rows(positions)
     stream.empty.read(len(rows))
     for i, row in enumerate(rows):
         p = positions[i]
-        while not (isinstance(row["caption"], str) and row["caption"].strip()):
-            stream.empty.skip(p, row["name"] or f"row {p}", "no text")
+        while wrong := _wrong(beside, row.get(beside), classes):
+            stream.empty.skip(p, row["name"] or f"row {p}", wrong)
             p += 1
             row = stream.rows([p])[0]
         rows[i] = row
     return rows
+
+
+def _wrong(beside: str, value, classes: int = 0) -> str:
+    """What is wrong with the caption or the label of a picture; "" for a good one."""
+    if beside == "caption":
+        return "" if isinstance(value, str) and value.strip() else "no text"
+    if beside == "label" and not 0 <= _number(value) < (classes or math.inf):
+        return f"label {value!r:.40} is none of the classes 0 to {classes - 1}" if classes else f"label {value!r:.40} is no class number"
+    return ""
+
+
+def _number(value) -> int:
+    """The class number that a label is, also as text or as a whole float; -1 for anything else."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return -1
+    return int(found) if found.is_integer() else -1
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -124,7 +174,7 @@ class Texts:
         tokenizers = {k: v.model_max_length for k, v in self.model.pipe.components.items() if k.startswith("tokenizer") and v is not None}
         return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint(self.encoders), "style": _style(self.model),
                 "precision": {k: str(next(v.parameters()).dtype) for k, v in self.encoders.items()},
-                "length": getattr(self.model, "length", tokenizers), "family": self.model.family, "format": FORMAT}
+                "length": getattr(self.model, "length", tokenizers), "family": getattr(self.model, "text_family", self.model.family), "format": FORMAT}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         keys = [digest(p) for p in prompts]
@@ -187,6 +237,7 @@ class Texts:
 
     @contextmanager
     def _awake(self):
+        before_network()
         if self.resting:
             self._move(self.model.module.device)
         try:
@@ -212,36 +263,35 @@ def revision(model) -> str:
 
 # ------------------------------------------------------------------------------------------------ pictures
 class Pictures:
-    """Pictures or clips of a set as latents [B, ...], with their captions: called with positions, gives (captions, latents).
+    """Pictures or clips of a set as samples [B, ...], with their captions: called with positions, gives (captions, samples).
 
-    A picture that cannot be decoded is counted, and the next one that can stands in for it. beside: the column that goes with it, caption
-    or label; captions: that column of a whole set; None for a stream."""
+    A picture that cannot be decoded is counted, and the next one that can stands in for it. beside: the column that goes with it, caption or
+    label, or "" for none (it is 0 then); classes: how many there are of labels (0: any, of whole sets); captions: that column of a whole
+    set, None for a stream."""
 
-    def __init__(self, model, spec: Spec, beside: str = "caption"):
-        from . import open_dataset
-        self.model, self.spec, self.moving = model, spec, len(model.shape) == 4
+    def __init__(self, model, spec: Spec, beside: str = "caption", classes: int = 0):
+        self.model, self.spec, self.moving, self.beside, self.classes = model, spec, len(model.shape) == 4, beside, classes
+        self.raw, self.channels = getattr(model.pipe, "vae", None) is None, getattr(model, "picture_channels", 3)
+        if self.channels not in (1, 3):
+            raise UserError(f"{model.name} makes pictures of {self.channels} channels, and files hold 1 or 3: use a method that needs no pictures")
         if spec.buckets and (self.moving or not getattr(model, "any_size", False) or model.shape[-2] != model.shape[-1]):
             raise UserError(f"the {model.family} family takes pictures of one size: drop ?buckets=yes from --data")
-        self.stream = _stream(model, spec, images=True) if beside == "caption" else None
+        self.stream = _stream(model, spec, True, beside) if beside != "label" or classes else None
         self.keys: dict[int, str] = {}
-        self.pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+        self.ready: dict[str, Tensor] = {}           # decoded ahead (data.ahead), not yet encoded
+        workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.each = ThreadPoolExecutor(workers).map if workers > 1 else map
         if spec.place.endswith(".txt"):
-            wanted = "clips" if self.moving else "images"
-            raise UserError(f"--data {spec.place} holds prompts alone, and this method trains on captioned {wanted}: give a folder of them")
+            wanted = f"{ {'caption': 'captioned ', 'label': 'labelled '}.get(beside, '')}{'clips' if self.moving else 'images'}"
+            raise UserError(f"--data {spec.place} holds prompts alone, and this method trains on {wanted}: give a folder of them")
+        self.captions, self.n, self.column = None, None, "video" if self.moving else "image"
         if self.stream is None:
-            self.column = "video" if self.moving else "image"
-            table = open_dataset(model.data, self.column)
-            if beside not in table.column_names:
-                columns = f"beside its {self.column}s: it has {', '.join(table.column_names)}"
-                raise UserError(f"--data {spec.place} has no column `{beside}` {columns}" if beside != "caption" else f"--data {spec.place} has no caption "
-                                f"column (caption, text or prompt) {columns}; name it, as in --data '{spec.place}?caption=COLUMN'")
-            self.captions, self.n = ["" if c is None else c for c in table[beside]], len(table)
-            self.table = _undecoded(table, self.column)
+            self._open_set()
         elif self.moving:
             raise UserError(f"clips are read from a folder or a table, not from the stream {spec.place}: unpack it")
-        else:
-            self.captions, self.n = None, None
         self.tally = Tally(f"{'clips' if self.moving else 'images'} of {spec.place}", self.n)
+        if beside == "label" and self.stream is None:
+            self._check_labels()
         if self.moving:
             frame = model.stock_size
             self.frames, self.size = frame["num_frames"], (frame["height"], frame["width"])
@@ -250,12 +300,15 @@ class Pictures:
         self.shapes, self.bucket = [self.size], None
         if spec.buckets:
             self._open_buckets()
-        self.cache = open_cache(model.storage, "latents", str(model.name), self.facts() if model.storage.folder else {})
+        self.cache = open_cache(model.storage, "pixels" if self.raw else "latents", str(model.name), self.facts() if model.storage.folder else {})
         if self.stream is None:          # reading the first rows of a stream would be in the way of one that resumes
             self._read(list(range(min(self.n, 4))))      # a set that is no set of pictures stops before step 1
 
     def facts(self) -> dict:
-        """What decides the latents of a picture."""
+        """What decides what is kept of a picture."""
+        if self.raw:
+            return {"model": str(self.model.name), "size": self.shapes, "channels": self.channels, "frames": [self.frames, self.spec.fps] if self.moving else 1,
+                    "format": FORMAT}
         vae = self.model.pipe.vae
         return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint({"vae": vae}), "family": self.model.family,
                 "precision": str(next(vae.parameters()).dtype), "size": self.shapes, "frames": [self.frames, self.spec.fps] if self.moving else 1,
@@ -268,13 +321,34 @@ class Pictures:
             return lambda numbers, seed, batch: self.stream.order(numbers, seed)
         return self.bucket and buckets.Order(torch.tensor(self.bucket))
 
+    def _open_set(self) -> None:
+        from . import open_dataset
+        table, place, beside = open_dataset(self.model.data, self.column), self.spec.place, self.beside
+        if beside and beside not in table.column_names:
+            usual = {"caption": "caption, text or prompt", "label": "label or class"}[beside]
+            beside_files = {"caption": "put a .txt file beside each, ", "label": "sort them into one subfolder per class, "}[beside] * Path(place).is_dir()
+            raise UserError(f"--data {place} has no {beside} column ({usual}) beside its {self.column}s: it has {', '.join(table.column_names)}; {beside_files}"
+                            f"{'or ' * bool(beside_files)}name it, as in --data '{place}?{beside}=COLUMN'")
+        self.n, self.table = len(table), _undecoded(table, self.column)
+        self.captions = ["" if c is None else c for c in table[beside]] if beside == "caption" else list(table[beside]) if beside else [0] * self.n
+
+    def _check_labels(self) -> None:
+        """Labels of a whole set as class numbers; what has none of the teacher's is left out as if it could not be read."""
+        bad = {i: why for i, value in enumerate(self.captions) if (why := _wrong("label", value, self.classes))}
+        if len(bad) > 0.01 * self.n:
+            raise UserError(f"--data {self.spec.place}: {len(bad)} of {self.n} labels do not fit {self.model.name}, the first is: {next(iter(bad.values()))}; "
+                            f"name the column of its class numbers, as in --data '{self.spec.place}?label=COLUMN'")
+        for i, why in bad.items():
+            self.tally.skip(i, f"item {i}", why)
+        self.captions = [_number(value) for value in self.captions]
+
     def _open_buckets(self) -> None:
         if self.stream is not None:
             raise UserError(f"buckets need the sizes of all pictures, and {self.spec.place} is a stream: add &stream=no, or drop buckets")
         least = self.model.pipe.vae_scale_factor * 2        # the networks cut latents in patches of 2, or halve them
         step = -(-self.size[0] // 16 // least) * least if self.size[0] >= 16 * least else least
         self.shapes = buckets.shapes(self.size[0], step)
-        found = list(self.pool.map(self._size, range(self.n)))
+        found = list(self.each(self._size, range(self.n)))
         self.bucket = [buckets.nearest(*size, self.shapes) if size else 0 for size in found]
 
     def _size(self, position: int) -> tuple[int, int] | None:
@@ -283,7 +357,7 @@ class Pictures:
 
         import PIL.Image
         try:
-            with PIL.Image.open(io.BytesIO(_bytes(self.table[position][self.column]))) as image:
+            with PIL.Image.open(io.BytesIO(_bytes(self._entry(position)))) as image:
                 width, height = image.size
                 return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
         except Exception:        # what it is will be said when it is decoded
@@ -296,65 +370,89 @@ class Pictures:
         fresh = {}
         for key, (entry, shape, pixels), _ in items:
             if key not in known and key not in fresh:
-                fresh[key] = self._decode(entry, shape) if pixels is None else pixels       # None: it went from the cache just now
+                fresh[key] = self._decode(entry(), shape) if pixels is None else pixels       # None: it went from the cache just now
         known |= self._encode(fresh)
-        return [caption for _, _, caption in items], torch.stack([known[key]["x0"] for key, _, _ in items])
+        x0 = torch.stack([known[key]["x0"] for key, _, _ in items])
+        return [beside for _, _, beside in items], self.model.encode(_signed(x0)) if self.raw else x0
 
     def _read(self, positions: list[int]) -> list[tuple]:
-        """(key, (entry, shape, pixels or None where cached), caption) of what stands at the positions."""
+        """(key, (function giving the entry, shape, pixels or None where cached), caption) of what stands at the positions."""
         out, todo = [None] * len(positions), list(enumerate(positions))
         self.tally.read(len(positions))
         while todo:
-            rows = self._rows([p for _, p in todo])
-            made = self.pool.map(self._open, [p for _, p in todo], rows)
-            later = []
-            for (slot, p), row, item in zip(todo, rows, made):
+            later, new = [], []
+            for slot, p in todo:
+                key = self.keys.get(p)
+                if key in self.cache:                # is not read again
+                    out[slot] = key, (partial(self._entry, p), self._shape(p), None), self.captions[p]
+                else:
+                    new.append((slot, p))
+            rows = self._rows([p for _, p in new])
+            for (slot, p), row, item in zip(new, rows, self.each(self._open, [p for _, p in new], rows)):
                 if isinstance(item, Exception | str):
                     if item != "known":
                         self.tally.skip(p, row["name"] or f"item {p}", item)
                     later.append((slot, (p + 1) % self.n if self.n else p + 1))
                 else:
-                    out[slot] = (*item, row["caption"])
+                    out[slot] = (*item, row["beside"])
             todo = later
         return out
 
     def _rows(self, positions: list[int]) -> list[dict]:
         if self.stream is not None:
-            return _captioned(self.stream, positions)
-        entries = [self.table[p][self.column] for p in positions]
+            found = _complete(self.stream, positions, self.beside, self.classes)
+            beside = {"label": _number}.get(self.beside, lambda value: value)
+            return [{"image": row["image"], "beside": beside(row[self.beside]) if self.beside else 0, "name": row["name"]} for row in found]
+        entries = self.table[positions][self.column] if positions else []
         path = lambda e: e if isinstance(e, str) else (e or {}).get("path") or ""
-        return [{"image": e, "caption": self.captions[p], "name": Path(path(e)).name} for p, e in zip(positions, entries)]
+        return [{"image": e, "beside": self.captions[p], "name": Path(path(e)).name} for p, e in zip(positions, entries)]
+
+    def _entry(self, position: int):
+        return self.table[position][self.column]
+
+    def _shape(self, position: int) -> tuple[int, int]:
+        return self.shapes[self.bucket[position]] if self.bucket else self.size
 
     def _open(self, position: int, row: dict):
-        """(key, (entry, shape, pixels or None)) of one row, or what is wrong with it; runs in a thread."""
+        """(key, (function giving the entry, shape, pixels or None)) of one row, or what is wrong with it; runs in a thread."""
         if position in self.tally.bad:
             return "known"
-        shape = self.shapes[self.bucket[position]] if self.bucket else self.size
+        shape = self._shape(position)
         try:
             key = self.keys.get(position)
             if key is None:
                 key = digest(_bytes(row["image"]), f"{shape} {self.frames if self.moving else 1} {self.spec.fps}")
                 if self.stream is None:
                     self.keys[position] = key
-            return key, (row["image"], shape, None if key in self.cache else self._decode(row["image"], shape))
+            pixels = None if key in self.cache else self.ready.get(key)
+            return key, (lambda: row["image"], shape, self._decode(row["image"], shape) if pixels is None and key not in self.cache else pixels)
         except UserError:
             raise
         except Exception as error:  # Pillow and PyAV raise OSError, SyntaxError, struct.error and more
             return error
 
     def _decode(self, entry: dict, shape: tuple[int, int]) -> Tensor:
-        """uint8 [3, H, W], or [3, F, H, W] of a clip."""
+        """uint8 [3 or 1, H, W], or [3 or 1, F, H, W] of a clip."""
         from . import _decode
         if self.moving:
-            return clips.decode(_bytes(entry), self.frames, shape, self.spec.fps)
-        return torch.from_numpy(_decode(entry, shape, 3).copy()).permute(2, 0, 1)
+            return clips.decode(_bytes(entry), self.frames, shape, self.spec.fps, self.channels)
+        return torch.from_numpy(_decode(entry, shape, self.channels).copy()).permute(2, 0, 1)
 
     def _encode(self, fresh: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """key -> {"x0": latents} of the pictures, encoded now."""
-        picture = lambda pixels: self.model.encode(pixels[None].float().div_(127.5).sub_(1))[0].cpu()
+        """key -> {"x0": latents} of the pictures, encoded now; the pictures themselves where there is no encoder."""
+        if fresh and not self.raw:
+            self.ready = fresh
+            before_network()
+            self.ready = {}
+        picture = lambda pixels: pixels if self.raw else self.model.encode(_signed(pixels[None]))[0].cpu()
         made = {key: {"x0": picture(pixels)} for key, pixels in fresh.items()}
         self.cache.put(made)
         return made
+
+
+def _signed(pixels: Tensor) -> Tensor:
+    """uint8 to [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
 
 
 def _undecoded(table, column: str):

@@ -3,9 +3,9 @@
     prompts.txt            photos/            user/name:validation            shards/{000..010}.tar
     user/name:train?caption=TEXT&image=jpg&stream=no          photos/?buckets=yes          clips/?fps=16
 
-caption, image, video: the column (or `column.key` of a column of objects) where it is not one of the usual names;
-stream: read forwards without downloading (Hub sets and shards: yes) or as a whole (all else); buffer: rows of a stream that are
-shuffled among each other; buckets: pictures keep their aspect ratio (see `buckets`); fps: frames a second that clips are thinned to."""
+caption, image, video, label: the column (or `column.key` of a column of objects) where it is not one of the usual names;
+config: of a Hub set that has several; stream: read forwards without downloading (Hub sets and shards: yes) or as a whole (all else);
+buffer: rows of a stream that are shuffled among each other; buckets: pictures keep their aspect ratio (see `buckets`); fps: frames a second that clips are thinned to."""
 from __future__ import annotations
 
 import re
@@ -25,6 +25,8 @@ class Spec:
     caption: str = ""
     image: str = ""
     video: str = ""
+    label: str = ""
+    config: str = ""
     stream: bool | None = None    # None: as the kind of place has it
     buffer: int = 1024
     buckets: bool = False
@@ -79,4 +81,8 @@ def parse(text: str | Path) -> Spec:
                 raise UserError(f"--data {text}: {name} is a number, not {value!r}") from None
             if options[name] <= 0:
                 raise UserError(f"--data {text}: {name} must be above 0")
+    if "config" in options:
+        from . import is_local
+        if is_local(place):
+            raise UserError(f"--data {text}: config names one of several parts of a Hub set, and {place} is none: leave it out")
     return Spec(place, **options)

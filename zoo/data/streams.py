@@ -20,10 +20,11 @@ from .tally import Tally
 
 class Stream:
     """parts: one function per file, each giving a fresh iterator of its rows; name: for messages; window: rows shuffled together;
-    columns: what was found ("caption", "image") and under which of the `names` of the source."""
+    columns: what was found ("caption", "label", "image") and under which of the `names` of the source; files: names of the parts, where known."""
 
     def __init__(self, name: str, parts: list[Callable[[], Iterator[dict]]], window: int = 1024, notes: Path | None = None,
-                 columns: dict[str, str] | None = None, names: list[str] | None = None):
+                 columns: dict[str, str] | None = None, names: list[str] | None = None, files: list[str] | None = None):
+        self.files = files or [f"file {i}" for i in range(len(parts))]
         self.name, self.parts, self.window, self.notes = name, parts, window, notes
         self.columns, self.names = columns or {}, names or []
         self.broken = Tally(f"files of {name}", len(parts))
@@ -97,7 +98,7 @@ class Stream:
         except UserError:
             raise
         except Exception as error:          # of tarfile, zlib, pyarrow, fsspec ...: what it is stands in the message
-            self.broken.skip(part, f"file {part}, after {n} rows: {str(error).splitlines()[0][:100] if str(error) else ''}", error)
+            self.broken.skip(part, f"{self.files[part]}, after {n} rows: {str(error).splitlines()[0][:100] if str(error) else ''}", error)
         if self.counts.get(part) != n:
             self.counts[part] = n
             self._write_notes()
@@ -128,12 +129,12 @@ def field(row: dict, column: str):
     return value
 
 
-def open_stream(spec, notes: Path | None = None, images: bool = True) -> Stream:
-    """A Stream of dicts caption, image (where `images`) and name from tar shards, a local table or a Hub set. Raises UserError when there
-    is nothing to read, and for columns asked for that are not there."""
+def open_stream(spec, notes: Path | None = None, images: bool = True, beside: str = "caption") -> Stream:
+    """A Stream of dicts image (where `images`), name and `beside`, which is caption or label or "" for none, from tar shards, a local table or a
+    Hub set. Raises UserError when there is nothing to read, and for columns asked for that are not there."""
     from datasets import Image, load_dataset
 
-    from . import CAPTIONS, TABLE_TYPES
+    from . import CAPTIONS, LABELS, TABLE_TYPES, unreachable
     shards, path = spec.shards, Path(spec.place)
     try:
         if shards:
@@ -143,19 +144,23 @@ def open_stream(spec, notes: Path | None = None, images: bool = True) -> Stream:
             table = load_dataset(kind, data_files={"train": str(path)}, split="train", streaming=True)
         else:
             name, _, split = spec.place.partition(":")
-            table = load_dataset(name, split=split or "train", streaming=True)
+            table = load_dataset(name, spec.config or None, split=split or "train", streaming=True)
         features = dict(table.features or next(iter(table)))
-    except Exception as error:  # offline, private, misspelt, a broken first shard: the remedy is the same
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"no data at {spec.place!r}: it could not be opened as a stream ({reason}); "
-                        "check the path or id, its split (user/name:split) and the network") from error
+    except Exception as error:
+        if shards or path.suffix in TABLE_TYPES:
+            what = f"{shards[0]}, the first of {len(shards)} shards," if len(shards) > 1 else str(shards[0] if shards else path)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"{what} cannot be read ({type(error).__name__}: {reason}): write it again, or leave it out") from error
+        raise unreachable(spec.place, error) from error
     names = sorted(k for k in features if not k.startswith("__"))
     inner = {k: [f"{k}.{c}" for c in v] for k, v in features.items() if isinstance(v, dict) and not k.startswith("__")}
     every = [c for k in names for c in (inner.get(k) or [k])]
     pictures = [k for k in names if isinstance(features[k], Image)]
     image = _column(spec.place, "image", spec.image, (["image"] if "image" in names else []) + pictures, every)
     usual = [*CAPTIONS, "txt", *(f"{k}.{c}" for k in names for c in CAPTIONS)]
-    caption = _column(spec.place, "caption", spec.caption, [c for c in usual if c in every], every)
+    caption = _column(spec.place, "caption", spec.caption, [c for c in usual if c in every], every) if beside == "caption" else ""
+    usual = [*LABELS, *(f"{k}.{c}" for k in names for c in LABELS)]
+    label = _column(spec.place, "label", spec.label, [c for c in usual if c in every], every) if beside == "label" else ""
     if not images:
         table = table.select_columns(sorted({caption.split(".")[0] if caption and caption not in features else caption} - {""}
                                             | ({"__key__"} & set(features)))) if caption else table
@@ -164,10 +169,11 @@ def open_stream(spec, notes: Path | None = None, images: bool = True) -> Stream:
 
     def part(i):
         rows = table.shard(num_shards=table.num_shards, index=i)
-        return lambda: ({"caption": caption and field(r, caption), "image": field(r, image) if image and images else None,
+        return lambda: ({beside: field(r, caption or label) if caption or label else "", "image": field(r, image) if image and images else None,
                          "name": r.get("__key__") or ""} for r in rows)
-    columns = {k: found for k, found in (("caption", caption), ("image", image)) if found}
-    return Stream(spec.place, [part(i) for i in range(table.num_shards)], spec.buffer, notes, columns, every)
+    columns = {k: found for k, found in (("caption", caption), ("label", label), ("image", image)) if found}
+    files = [p.name for p in shards] if len(shards) == table.num_shards else None
+    return Stream(spec.place, [part(i) for i in range(table.num_shards)], spec.buffer, notes, columns, every, files)
 
 
 def _column(place: str, what: str, asked: str, usual: list[str], names: list[str]) -> str:

@@ -78,19 +78,21 @@ def _without_slots(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not k.endswith(SLOT)}
 
 
-def _fold(state: dict[str, Tensor], value: float) -> dict[str, Tensor]:
-    """Fix the extra scalar at `value`; its projection becomes a bias and is left at zero."""
+def _fold(model, state: dict[str, Tensor], value: float) -> dict[str, Tensor]:
+    """Fix the extra scalar at `value`; its projection becomes a bias (of the first layer, "0" in a plain sequence) and is left at zero."""
     folded = dict(state)
     for name in _slots(state):
         embedding = nn.Module()
         embedding.time_embedding = nn.Module()
-        for part, bias in (("linear_1", True), ("cond_proj", False)):
-            weight = state[f"{name}.{part}.weight"]
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
-            layer.load_state_dict({k: state[f"{name}.{part}.{k}"] for k in layer.state_dict()})
+        names = {"linear_1": f"{name}.linear_1" if f"{name}.linear_1.weight" in state else f"{name}.0", "cond_proj": f"{name}.cond_proj"}
+        for part, path in names.items():
+            weight = state[f"{path}.weight"]
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=f"{path}.bias" in state)
+            layer.load_state_dict({k: state[f"{path}.{k}"] for k in layer.state_dict()})
             embedding.time_embedding.add_module(part, layer)
-        fold_slot(embedding, value)
-        folded |= {f"{name}.{k}": v.detach() for k, v in embedding.time_embedding.state_dict().items()}
+        fold_slot(embedding, value, None if f"{names['linear_1']}.bias" in state else model.constant_of_time())
+        for part, path in names.items():
+            folded |= {f"{path}.{k}": v.detach() for k, v in embedding.time_embedding.get_submodule(part).state_dict().items()}
     return folded
 
 
@@ -172,14 +174,14 @@ def _write_pipeline(model, net, folder, contract, record):
     slot_state = dict(state)
     served = record["slot"] is None          # does the stock folder hold all of the student?
     if net.slot == "r":
-        state = _fold(state, 0.0)
+        state = _fold(model, state, 0.0)
     elif net.slot == "guidance":
         low, high = contract.guidance_range or (None, None)
         served = model.folds_guidance and low is not None and low <= model.stock_guidance <= high
         if served:
             record["slot_weights"] = model.part
         else:                                # a plain call would ask for a scale it never saw: fix the scale it is best at
-            state = _fold(state, contract.guidance - 1)
+            state = _fold(model, state, contract.guidance - 1)
     module = stock_module(model, state, slotted=served and bool(net.slot))
     scheduler = scheduler_for(contract, model.pipe.scheduler.config)
     model.student_pipeline(module, scheduler).save_pretrained(folder, safe_serialization=True, max_shard_size="100GB")
@@ -296,7 +298,7 @@ def _student_state(model, folder, contract, record, same_slot):
     if same_slot:
         return state
     if record["slot"] and (not stock or record["slot_weights"] == model.part):     # folding a stock folder's zero projection changes nothing
-        state = _fold(state, 0.0 if record["slot"] == "r" else contract.guidance - 1)
+        state = _fold(model, state, 0.0 if record["slot"] == "r" else contract.guidance - 1)
     return _without_slots(state)
 
 

@@ -1,0 +1,105 @@
+"""DeepSpeed's ZeRO-2: its configuration as accelerate reads it, what is refused, and runs on two ranks against one without DeepSpeed."""
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import train_dmd
+import train_lcm
+import train_tscd
+import yaml
+from launching import CONFIGS, arguments, environment, torchrun
+from test_ranks import alone, distance, few_samples, files, options, teachers  # noqa: F401  (fixtures)
+
+from zoo import deepspeed, sharding
+from zoo.errors import UserError
+
+ZERO2 = "deepspeed_zero2.yaml"
+QUIET = dict(teacher="toy", batch=16, steps=1, time_budget=0, sample_every=0, measure_every=0, export="last")
+# (name, method, options): accumulation, an average read every step, clipping that bites; adapters; forward-mode derivatives with decay of weights;
+# a rate that falls to the end of a phase and Adam's states cleared there, one trainee never minimised; a UNet with recomputed activations; calls on some rows.
+COMPARED = [("lcm", "lcm", dict(grid=10, accumulate=2, max_grad_norm=0.05)), ("lora", "lcm", dict(grid=10, lora=4, ema=0.0)),
+            ("jvp", "meanflow", dict(derivative="jvp", weight_decay=0.01)), ("phases", "progressive", dict(guided_steps=2, first=4, last=2, phase_steps=2)),
+            ("unet", "reflow", dict(teacher="sd", gradient_checkpointing=True, pairs=6, pair_steps=2)), ("rows", "twinflow", dict())]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The environment of the shipped configuration, as if DeepSpeed were installed."""
+    for name, value in environment(ZERO2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(deepspeed, "imported", lambda: None)
+
+
+def test_the_configuration_says_what_its_processes_are_told(told):
+    args = arguments(ZERO2)
+    assert (args.num_processes, args.num_machines, args.use_deepspeed, args.multi_gpu) == (8, 1, True, False)
+    assert environment(ZERO2) == {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_MIXED_PRECISION": "no",
+                                  "ACCELERATE_CONFIG_DS_FIELDS": ""}
+    assert deepspeed.asked() and not sharding.asked()
+    deepspeed.check(train_lcm.Config())
+    with deepspeed.hidden():
+        assert not deepspeed.asked()
+    assert deepspeed.asked()
+
+
+def test_every_line_of_the_configuration_counts():
+    args, lines = vars(arguments(ZERO2)), yaml.safe_load((CONFIGS / ZERO2).read_text())
+    lines |= lines.pop("deepspeed_config")
+    for key in lines.keys() - {"compute_environment", "distributed_type"}:
+        assert str(args[key]).lower() == str(lines[key]).lower(), key
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("DEEPSPEED_ZERO_STAGE", "3", "8gpu_fsdp2.yaml.*ZeRO-3"), ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "--offload_averages"),
+    ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device"), ("GRADIENT_ACCUMULATION_STEPS", "4", "--accumulate"),
+    ("GRADIENT_CLIPPING", "1.0", "--max_grad_norm"), ("DEEPSPEED_CONFIG_FILE", "ds.json", "deepspeed_zero2.yaml")])
+def test_settings_that_cannot_be_honoured_are_refused(told, monkeypatch, name, value, words):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=words):
+        deepspeed.check(train_lcm.Config())
+
+
+def test_flags_and_methods_that_cannot_be_honoured_are_refused(told, tmp_path):
+    for flags, words in ((dict(optimizer="adafactor"), "use adamw"), (dict(mixed_precision="fp16"), "bf16")):
+        with pytest.raises(UserError, match=words):
+            train_lcm.main(train_lcm.Config(output_dir=str(tmp_path / "lcm"), **QUIET, **flags))
+    with pytest.raises(UserError, match="dmd trains student and critic here.*8gpu_fsdp2.yaml"):
+        train_dmd.main(train_dmd.Config(output_dir=str(tmp_path / "dmd"), **QUIET))
+    with pytest.raises(UserError, match="tscd trains student and critic"):           # with its critic only
+        train_tscd.main(train_tscd.Config(output_dir=str(tmp_path / "tscd"), gan=0.1, **QUIET))
+
+
+def test_a_missing_deepspeed_is_named_with_its_remedy(tmp_path, monkeypatch):
+    for name, value in environment(ZERO2).items():
+        monkeypatch.setenv(name, value)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "deepspeed" else find(name, *more))
+    with pytest.raises(UserError, match="pip install deepspeed.*8gpu_fsdp2.yaml"):
+        train_lcm.main(train_lcm.Config(output_dir=str(tmp_path), **QUIET))
+
+
+@pytest.mark.slow
+def test_two_ranks_with_deepspeed_train_as_one_without(tmp_path, teachers):  # noqa: F811
+    """Parameters, averages and optimiser states at equal global batch; a checkpoint of two ranks goes on on one without DeepSpeed, and back."""
+    pytest.importorskip("deepspeed")
+    from safetensors.torch import load_file
+    one, two = tmp_path / "one", tmp_path / "two"
+    planned = {name: alone(method, options(one, teachers, name, more)).estimate.roles["student"] for name, method, more in COMPARED}
+    shutil.copytree(one / "lcm", two / "back")              # six steps of one rank, to go on on two
+    job = lambda method, name, more, **others: {"method": method, "sharded": False, "zero": True, "options": options(two, teachers, name, more, **others)}
+    out = torchrun(ZERO2, [*(job(m, n, more) for n, m, more in COMPARED), job("lcm", "back", COMPARED[0][2], steps=8)])
+    roles = {Path(row["run"]).name: row["roles"]["student"] for row in (json.loads(line[5:]) for line in out.splitlines() if line.startswith("done "))}
+    apart = {}
+    for name, _, _ in COMPARED:
+        assert roles[name]["optimizer"] <= 0.5 * planned[name]["optimizer"] + 128
+        assert roles[name]["activations"] == pytest.approx(planned[name]["activations"] / 2, rel=0.02)
+        apart[name] = distance(files(one / name), files(two / name))
+        students = [load_file(next((folder / name / "student").rglob("*.safetensors"))) for folder in (one, two)]
+        assert students[0].keys() == students[1].keys() and all((v - students[1][k]).abs().max() < 2e-4 for k, v in students[0].items()), name
+    for where in (one, two):
+        alone("lcm", options(where, teachers, "lcm", COMPARED[0][2], steps=8))
+    apart["2 to 1"], apart["1 to 2"] = distance(files(one / "lcm"), files(two / "lcm")), distance(files(one / "lcm"), files(two / "back"))
+    print(apart)
+    assert max(apart.values()) < 2e-4, apart

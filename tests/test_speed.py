@@ -1,0 +1,171 @@
+"""What makes steps faster without changing them: fused optimisers, and batches that are read ahead."""
+import pytest
+import torch
+
+import train_dmd
+import train_lcm
+from zoo import optimizers
+from zoo.backbones import Source
+from zoo.backbones.toy import Toy
+from zoo.data.ahead import Ahead, pinned
+from zoo.errors import UserError
+from zoo.run import Run
+
+
+class Part:
+    """A Trainee as optimisers see it."""
+
+    def __init__(self, own: dict):
+        self.own = {k: torch.nn.Parameter(v.clone()) for k, v in own.items()}
+        self.params = self.own
+
+
+def trained(steps, fused, betas=(0.0, 0.99), saved=None, start=None, monkeypatch=None):
+    g = torch.Generator().manual_seed(0)
+    shapes = {"matrix": (33, 7), "odd": (5,), "scalar": (), "no rows": (0, 4)}           # a rank may own no rows of a parameter
+    part = Part(start or {k: torch.randn(s, generator=g) for k, s in shapes.items()})
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizers, "FUSED", {"cpu"} if fused else set())
+        part.optimizer = optimizers.make("adamw", part, torch.device("cpu"), lr=1e-2, betas=betas, weight_decay=0.1)
+    assert bool(part.optimizer.param_groups[0]["fused"]) == fused and bool(part.optimizer.param_groups[0]["foreach"]) != fused
+    if saved is not None:
+        optimizers.restore(part, saved)
+    for i in steps:
+        g = torch.Generator().manual_seed(100 + i)
+        for p in part.own.values():
+            p.grad = torch.randn(p.shape, generator=g)
+        part.optimizer.step()
+    return {k: p.detach().clone() for k, p in part.own.items()}, {k: v.clone() for k, v in optimizers.tensors(part).items()}
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
+def test_the_fused_kernel_steps_as_foreach_does_and_resumes_bit_for_bit(monkeypatch, betas):
+    go = lambda *a, **k: trained(*a, betas=betas, monkeypatch=monkeypatch, **k)
+    fused, states = go(range(6), True)
+    plain, _ = go(range(6), False)
+    assert all(torch.allclose(fused[k], plain[k], rtol=1e-5, atol=1e-6) for k in fused)
+    half, kept = go(range(3), True)
+    resumed, resumed_states = go(range(3, 6), True, saved=kept, start=half)
+    assert all(torch.equal(fused[k], resumed[k]) for k in fused) and all(torch.equal(states[k], resumed_states[k]) for k in states)
+    half, kept = go(range(3), False)                 # a checkpoint of the other implementation goes on
+    resumed, _ = go(range(3, 6), True, saved=kept, start=half)
+    assert all(torch.allclose(fused[k], resumed[k], rtol=1e-5, atol=1e-6) for k in fused)
+
+
+def test_step_counts_go_where_the_fused_kernel_reads_them():
+    """On a GPU they lie beside the parameter; the meta device stands in for it."""
+    part = Part({"w": torch.zeros(3)})
+    saved = {"w::step": torch.tensor(4.0), "w::exp_avg": torch.ones(3), "w::exp_avg_sq": torch.ones(3)}
+    part.own["w"] = part.params["w"] = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    for fused in (True, False):
+        part.optimizer = torch.optim.AdamW(part.own.values(), lr=1e-3)
+        part.optimizer.param_groups[0]["fused"] = fused
+        optimizers.restore(part, saved)
+        state = part.optimizer.state[part.own["w"]]
+        assert state["step"].device.type == ("meta" if fused else "cpu") and state["exp_avg"].device.type == "meta"
+
+
+# ------------------------------------------------------------------------------------------------------ batches read ahead
+def lcm(folder, monkeypatch, ahead, **options):
+    """Parameters after a few steps, with or without a thread that reads ahead."""
+    import zoo.watch
+    monkeypatch.setattr(zoo.watch.Watcher, "finish", lambda self: None)
+    real, readers = Run.__init__, []
+
+    def init(self, cfg, model):
+        real(self, cfg, model)
+        self.ahead = Ahead(finish=lambda fields: fields) if ahead else None
+        readers.append(self.ahead)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "__init__", init)
+        script = options.pop("script", train_lcm)
+        run = script.main(script.Config(teacher=Toy(fit_steps=0), output_dir=str(folder), batch=8, time_budget=0, sample_every=0, measure_every=0, checkpoint_every=0,
+                                        **options))
+    return {f"{t.name}.{k}": p.detach() for t in run.trainees.values() for k, p in t.params.items()}, readers[0]
+
+
+def test_batches_read_ahead_are_the_same_batches(tmp_path, monkeypatch):
+    """Two micro-batches a step, two trainees that share a source, stopped and resumed."""
+    options = dict(script=train_dmd, accumulate=2, gan=0.01, steps=4)
+    plain, _ = lcm(tmp_path / "plain", monkeypatch, False, **options)
+    ahead, reader = lcm(tmp_path / "ahead", monkeypatch, True, **options)
+    assert all(torch.equal(plain[k], ahead[k]) for k in plain)
+    assert (reader.hits, reader.misses) == (4 * 3 * 2 - 1, 0)             # all but the first micro-batch
+    lcm(tmp_path / "parts", monkeypatch, True, **options | {"steps": 2})
+    parts, _ = lcm(tmp_path / "parts", monkeypatch, True, **options)
+    assert all(torch.equal(plain[k], parts[k]) for k in plain)
+
+
+def test_reading_ahead_reads_once_at_a_time_and_gives_up_where_it_guesses_wrong():
+    import threading
+    busy, threads, order = threading.Lock(), set(), []
+
+    def read(source, tick):
+        assert busy.acquire(blocking=False), "two reads at once"
+        threads.add(threading.current_thread().name)
+        order.append((source.n, tick))
+        busy.release()
+        return {"cond": {"n": torch.tensor(tick)}}
+    a, b = Source(1, None), Source(2, None)
+    ahead = Ahead(finish=lambda fields: fields)
+    for tick in range(3):
+        assert ahead((a, tick), (a, tick + 1), read)["cond"]["n"] == tick
+    assert ahead.hits == 2 and len(threads) == 2 and order == [(1, 0), (1, 1), (1, 2), (1, 3)][: len(order)]
+    for tick in range(3, 20):                            # sources that take turns: every guess is wrong
+        source = (a, b)[tick % 2]
+        assert ahead((source, tick), (source, tick + 1), read)["cond"]["n"] == tick
+    assert ahead.misses == ahead.hits + 4 and ahead.waiting is None
+    ahead.close()
+
+
+def test_an_error_of_a_batch_is_raised_at_its_own_step():
+    def read(tick):
+        if tick == 2:
+            raise UserError("picture 2 is broken")
+        return {"x": tick}
+    ahead = Ahead(finish=lambda fields: fields)
+    assert ahead((0,), (1,), read) == {"x": 0} and ahead((1,), (2,), read) == {"x": 1}
+    with pytest.raises(UserError, match="picture 2"):
+        ahead((2,), (3,), read)
+    ahead.close()
+
+
+def test_pictures_are_decoded_ahead_and_encoded_by_the_thread_that_trains(tmp_path, monkeypatch):
+    import json
+    import threading
+
+    import numpy as np
+    from PIL import Image
+    from tiny import tiny_sd
+
+    from zoo import backbones
+    from zoo.data.feed import Pictures
+    (tmp_path / "images").mkdir()
+    g, rows = np.random.default_rng(0), []
+    for i in range(6):
+        Image.fromarray(g.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "caption": f"a red heart {i}"}))
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(rows))
+    folder, here, ran, decoded = str(tiny_sd(tmp_path / "teacher")), threading.current_thread(), [], []
+    load = lambda: backbones.load(folder, data=str(tmp_path / "images"))
+    plain, model = load().batches(images=True), load()
+    real, decode = model.encode, Pictures._decode
+    monkeypatch.setattr(model, "encode", lambda pixels: (ran.append(threading.current_thread()), real(pixels))[1])
+    source, ahead = model.batches(images=True), Ahead(finish=lambda fields: fields)
+    monkeypatch.setattr(Pictures, "_decode", lambda self, *a: (decoded.append(a[0]), decode(self, *a))[1])
+    read = lambda source, at: source.get(torch.tensor([at % 6, (at + 1) % 6]))
+    for at in range(0, 12, 2):                           # an epoch that is encoded, and one from the cache
+        found, wanted = ahead((source, at), (source, at + 2), read), read(plain, at)
+        assert torch.equal(found["x0"], wanted["x0"]) and torch.equal(found["cond"]["prompt"], wanted["cond"]["prompt"])
+        if at == 4:
+            ahead.close()                                # what was begun has ended: nothing is decoded twice, by either source
+            assert set(ran) == {here} and len(ran) == 6 and len(decoded) <= 6 + 6 and ahead.hits == 2
+            ahead = Ahead(finish=lambda fields: fields)
+    assert len(ran) == 6 and ahead.hits == 2
+    ahead.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_batches_lie_in_pinned_memory():
+    fields = pinned({"cond": {"prompt": torch.ones(2, 3)}, "x0": torch.ones(2, device="cuda"), "name": "n"})
+    assert fields["cond"]["prompt"].is_pinned() and fields["x0"].is_cuda and fields["name"] == "n"

@@ -1,0 +1,190 @@
+"""DeepSpeed's ZeRO-2, for methods that train one network: each rank keeps its part of the gradients and of Adam's states.
+
+    accelerate launch --config_file train_scripts/accelerate/deepspeed_zero2.yaml train_scripts/train_lcm.py ...
+
+Parameters, averages and the frozen teacher stay whole on every rank, so that networks are called, sampled and exported as on one. DeepSpeed's
+engine averages gradients over ranks, clips and steps; `Run` keeps the loop, precision (autocast), micro-batches and files. Checkpoints are
+those of a run without DeepSpeed. accelerate's own DeepSpeed integration is passed by: it would cast and wrap the network it prepares."""
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import os
+from contextlib import contextmanager
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+CONFIGS = "train_scripts/accelerate"
+INSTEAD = f"use --config_file {CONFIGS}/8gpu_fsdp2.yaml"
+BUCKET = 50_000_000          # numbers reduced at once
+
+
+# ------------------------------------------------------------------------------------------------------- what was asked for
+def asked() -> bool:
+    """Whether accelerate was configured for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+
+
+def check(cfg) -> None:
+    """Raises UserError for what cannot be honoured: settings of accelerate's file, flags, or no DeepSpeed."""
+    told = lambda name, *nothing: os.environ.get(f"ACCELERATE_{name}", "none").lower() not in ("none", "auto", *nothing)
+    if told("DEEPSPEED_CONFIG_FILE"):
+        raise UserError("deepspeed_config_file is not read, a run makes DeepSpeed's settings from its own flags: "
+                        f"use --config_file {CONFIGS}/deepspeed_zero2.yaml")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage != "2":
+        raise UserError(f"ZeRO-{stage} is not supported, only ZeRO-2 ({CONFIGS}/deepspeed_zero2.yaml): {INSTEAD}, which cuts parameters too, as ZeRO-3 does")
+    for name in ("OPTIMIZER", "PARAM"):
+        if told(f"DEEPSPEED_OFFLOAD_{name}_DEVICE"):
+            raise UserError(f"offload_{name.lower()}_device is not supported: leave it out of the file, and save memory with --offload_averages or --lora 64")
+    if told("GRADIENT_ACCUMULATION_STEPS", "1"):
+        raise UserError("gradient_accumulation_steps of the file is not read: leave it out and give --accumulate")
+    if told("GRADIENT_CLIPPING"):
+        raise UserError("gradient_clipping of the file is not read: leave it out and give --max_grad_norm")
+    if cfg.optimizer != "adamw":
+        raise UserError(f"--optimizer {cfg.optimizer} keeps states of whole parameters, and ZeRO-2 steps flat parts of them: "
+                        f"use adamw, or {CONFIGS}/8gpu_ddp.yaml")
+    imported()
+
+
+def imported() -> None:
+    """Import DeepSpeed, before the group of ranks is made: its functions would keep that as a default argument. UserError where it is missing."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"DeepSpeed is not installed: pip install deepspeed, or {INSTEAD}")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def refuse_second(method: str, trained: list[str]) -> None:
+    """Raises UserError for a run that trains more than one network (trainees at rate 0 are copies that nothing trains)."""
+    if len(trained) > 1:
+        raise UserError(f"{method} trains {' and '.join(trained)} here, and DeepSpeed's engine owns one network and its optimiser: {INSTEAD}")
+
+
+@contextmanager
+def hidden():
+    """Inside, accelerate does not see that DeepSpeed was asked for: its Accelerator is that of whole networks on many ranks."""
+    before = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = before
+
+
+# ------------------------------------------------------------------------------------------------------- the engine
+class Engine:
+    """DeepSpeed's engine over the parameters of one Trainee, whose torch.optim.AdamW then steps this rank's part of them, as one flat tensor.
+
+    micro: samples of a micro-batch; accumulate: micro-batches of a step; clip: largest norm of the gradient. All ranks make the same calls.
+    Raises UserError for parameters that are not float32."""
+
+    def __init__(self, trainee, micro: int, accumulate: int, clip: float):
+        odd = next((n for n, p in trainee.params.items() if p.dtype != torch.float32), None)
+        if odd is not None:
+            raise UserError(f"{odd} of the {trainee.name} is {trainee.params[odd].dtype}, and under DeepSpeed float32 is trained: "
+                            f"load the base in float32, or {INSTEAD}")
+        import deepspeed
+        numel = sum(p.numel() for p in trainee.params.values())
+        self.trainee, self.accumulate, self.micro = trainee, accumulate, 0
+        self.before = {n: set(vars(p)) for n, p in trainee.params.items()}
+        self.rank = torch.distributed.get_rank()
+        self.bucket = min(BUCKET, numel + numel % 2)
+        settings = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulate, "gradient_clipping": clip,
+                    "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+                    "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True, "round_robin_gradients": False,
+                                          "reduce_bucket_size": self.bucket, "allgather_bucket_size": self.bucket}}
+        owned = nn.ParameterList(trainee.params.values())          # the network itself is called past the engine
+        self.engine = deepspeed.initialize(model=owned, optimizer=trainee.optimizer, config=settings, dist_init_required=False)[0]
+        zero = self.engine.optimizer
+        [flat], [self.part] = zero.bit16_groups_flat, zero.single_partition_of_fp32_groups
+        self.begin = self.rank * self.part.numel()
+        size = flat.element_size()
+        self.offsets = {n: (p.data_ptr() - flat.data_ptr()) // size for n, p in trainee.params.items()}      # parameters are views of `flat`
+        if not all(0 <= at <= flat.numel() - trainee.params[n].numel() for n, at in self.offsets.items()):
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} does not lay parameters out in one flat tensor")
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, whose share of the step's loss is `loss`; averaged over ranks and kept in parts."""
+        self.micro += 1
+        self.engine.set_gradient_accumulation_boundary(self.micro == self.accumulate)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, step, clear; returns the gradient's norm before clipping. A gradient that is not finite changes nothing and has norm inf."""
+        self.micro = 0
+        for group in self.trainee.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+    def _mine(self, name: str) -> tuple[slice, slice]:
+        """Where this rank's numbers of a parameter are: in the flattened parameter, and in `part`."""
+        begin, n = self.offsets[name], self.trainee.params[name].numel()
+        low, high = max(begin, self.begin), min(begin + n, self.begin + self.part.numel())
+        high = max(low, high)
+        return slice(low - begin, high - begin), slice(low - self.begin, high - self.begin)
+
+    def states(self) -> dict[str, Tensor]:
+        """{parameter::state: whole tensor} as `optimizers.tensors` has them, on the CPU of the first rank ({} elsewhere). All ranks call it."""
+        out = {}
+        for name, p in self.trainee.params.items():
+            inside, here = self._mine(name)
+            for key, value in self.trainee.optimizer.state.get(self.part, {}).items():
+                if value.shape == self.part.shape:
+                    full = torch.zeros(p.numel(), dtype=value.dtype, device=value.device)
+                    full[inside] = value[here]
+                    torch.distributed.reduce(full, 0)            # the others' parts are zero: exact
+                    value = full.view(p.shape)
+                if self.rank == 0:
+                    out[f"{name}::{key}"] = value.detach().cpu().clone()
+        return out
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Put `states` back, on any number of ranks, after the parameters were. Steps are counted for all parameters together."""
+        self.engine.optimizer.refresh_fp32_params()
+        state: dict[str, Tensor] = {}
+        for full, value in saved.items():
+            name, key = full.rsplit("::", 1)
+            if value.shape != self.trainee.params[name].shape or key == "step":
+                value = value.to(self.part.device)               # where fused kernels read it
+                state[key] = torch.maximum(state[key], value) if key in state else value
+                continue
+            inside, here = self._mine(name)
+            state.setdefault(key, torch.zeros_like(self.part, requires_grad=False))[here] = value.flatten()[inside].to(self.part.device)
+        optimizer = self.trainee.optimizer
+        if optimizer.param_groups[0].get("fused") and "step" in state:          # as in optimizers.restore
+            state["step"] = state["step"].to(self.part.device)
+        optimizer.state.clear()
+        if state:
+            optimizer.state[self.part] = state
+
+    # --------------------------------------------------------------------------------------------------- the plan
+    def planned(self, role: dict[str, int], state_bytes: Callable[[tuple[int, ...]], int]) -> dict[str, int]:
+        """Bytes of a trainee's role (see plan.Estimate) as ZeRO-2 holds them: gradients are this rank's part and the bucket being reduced."""
+        size = self.part.element_size()
+        return role | {"weights": role["weights"] + size * self.part.numel(), "optimizer": state_bytes(tuple(self.part.shape)),
+                       "gradient": size * (self.part.numel() + self.bucket)}
+
+    def release(self) -> None:
+        """End the engine and take what it hung on the parameters off them; they keep their values."""
+        self.engine.destroy()
+        for n, p in self.trainee.params.items():
+            for name in vars(p).keys() - self.before[n]:
+                delattr(p, name)
+        self.engine = None
+
+
+def release_groups() -> None:
+    """After the group of ranks was destroyed: drop what DeepSpeed still holds of it (why: sharding.release_groups)."""
+    from deepspeed.utils import groups
+    getattr(groups, "_release_process_group_references", lambda: None)()
+    gc.collect()
