@@ -119,7 +119,7 @@ def test_one_step_by_hand_on_the_toy(tmp_path, toy):
     jvp = train_meanflow.main(config("meanflow", tmp_path / "jvp", toy, steps=1, derivative="jvp"))
     assert jvp.calls == 8 * (1 + 2 + 3)
     gan = train_dmd.main(config("dmd", tmp_path / "gan", toy, steps=1, gan=0.01))
-    assert gan.calls == 8 * (2 * (1 + 3 + 3 + 3) + 3 + 1 + 1 + 3)     # the discriminator reads x_t and y_t, the student's loss x_t
+    assert gan.calls == 8 * (2 * (1 + 3 + 3 + 3) + 3 + 1 + 3)         # the discriminator reads x_t and y_t, the student's loss x_t, for score and logit at once
 
 
 def test_a_resumed_run_goes_on_counting_and_a_budget_of_calls_stops_it(tmp_path, toy):

@@ -94,10 +94,11 @@ def main(cfg: Config) -> Run:
         x = G(z, at, batch.cond)
         at = at if tell else None
         x_t, t = renoised(batch, x)
-        direction, x_real, x_fake = losses.dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance, at)   # eq. 2
+        score, logit = fake(x_t, t, batch.cond, r=at, logits=True) if cfg.gan else (fake, None)         # one call for both
+        direction, x_real, x_fake = losses.dmd_direction(x, x_t, t, batch.cond, batch.uncond, real, score, model.guidance, at)  # eq. 2
         loss = losses.along(x, direction)
         if cfg.gan:
-            loss = loss + cfg.gan * critics.generator(fake(x_t, t, batch.cond, r=at, logits=True)[1])
+            loss = loss + cfg.gan * critics.generator(logit)
         return {"loss": loss, **critic_fit(x, x_real, x_fake)}
 
     for _ in run.loop():

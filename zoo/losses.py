@@ -40,9 +40,10 @@ def dmd_direction(x: Tensor, x_t: Tensor, t: Tensor, cond: dict, uncond: dict, r
     """Where distribution matching pushes student samples x (DMD2, eq. 2, with the weight of DMD, eq. 8, written on x0).
 
     (x_real - x_fake) / mean |x - x_real| from the guided teacher's and the critic's estimates at x_t: ascent of
-    log p_real - log p_fake. at [B]: the student time x was made at, for a critic that is told it. Returns (direction, x_real, x_fake)."""
+    log p_real - log p_fake. fake: the critic, or its estimate at x_t where that is there already; at [B]: the student time x was made at,
+    for a critic that is told it. Returns (direction, x_real, x_fake)."""
     x_real = guided(real, x_t, t, cond, uncond, guidance)
-    x_fake = fake(x_t, t, cond, r=at)
+    x_fake = fake.detach() if torch.is_tensor(fake) else fake(x_t, t, cond, r=at)
     return normalised(x_real - x_fake, x, x_real), x_real, x_fake
 
 
