@@ -423,6 +423,13 @@ def test_quick_two_methods_beat_the_untrained_student(tmp_path):
     assert (tmp_path / "board" / "samples.png").exists() and "| dmd |" in (tmp_path / "board" / "table.md").read_text()
 
 
+def test_the_table_of_steps_is_that_of_its_rows():
+    steps = load("steps")
+    page = (steps.HERE / "README.md").read_text(encoding="utf-8")
+    assert f"{steps.BEGIN}\n{steps.table()}\n{steps.END}" in page
+    assert all(steps.kept(*case).exists() for case in steps.CASES) and len(steps.table().splitlines()) == 2 + len(steps.CASES) + 8
+
+
 # ------------------------------------------------------------------------------------------------------- docs/symptoms.md
 def test_symptoms_name_every_warning_and_only_flags_that_exist():
     page = (ROOT / "docs" / "symptoms.md").read_text(encoding="utf-8")
