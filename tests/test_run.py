@@ -40,7 +40,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("script,flags", [
     pytest.param("dmd", ["--gan", "0.01"], id="dmd-gan"), pytest.param("dmd", ["--lora", "4"], id="dmd-lora", marks=pytest.mark.slow),
-    pytest.param("lcm", [], id="lcm"), pytest.param("meanflow", ["--derivative", "jvp"], id="meanflow")])
+    pytest.param("lcm", [], id="lcm", marks=pytest.mark.slow), pytest.param("meanflow", ["--derivative", "jvp"], id="meanflow")])
 def test_kill_at_any_moment_and_resume_is_bit_equal(tmp_path, script, flags):
     whole = launch(script, tmp_path / "whole", "--steps", "14", *flags)
     assert whole.returncode == 0, whole.stderr[-2000:]
@@ -108,7 +108,7 @@ print("equal on both ranks", flush=True)
 '''
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_trainee_is_equal_on_all_ranks(tmp_path, lora):
     (tmp_path / "ranks.py").write_text(RANKS)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90), str(tmp_path / "ranks.py"), str(tmp_path / "out"), str(lora)],

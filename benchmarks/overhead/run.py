@@ -34,7 +34,7 @@ def bare_loop(model, batch: int):
     G, fake = model.make("student"), model.make("critic")
     real, process, w = model.teacher, model.process, model.guidance
     params = {n: list(net.module.parameters()) for n, net in (("G", G), ("fake", fake))}
-    opts = {n: torch.optim.AdamW(p, lr=2e-4, betas=(0.0, 0.99), weight_decay=0.0, foreach=True) for n, p in params.items()}
+    opts = {n: torch.optim.AdamW(p, lr=2e-4, betas=(0.0, 0.99), weight_decay=0.0, fused=True) for n, p in params.items()}
     average = [p.detach().clone() for p in params["G"]]
     data = model.batches()
 

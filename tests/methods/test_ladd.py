@@ -149,6 +149,7 @@ def toy(teacher, folder, **flags):
     return reach(run.model.make("untrained")), reach(run.watcher.net)
 
 
+@pytest.mark.slow
 def test_toy_converges_where_the_heads_are_told_the_student_time(tiny, tmp_path):
     """Not told, they see the samples of all student times as one set, and only the mixture is matched: later times drift to make up
     for the first. Low noise (mean = -1) shows the modes' width. Measured with 1, 2, 4 steps: .081 .100 .080 before, .041 .028 .045 told,

@@ -122,6 +122,7 @@ def config(toy, out, **options):
     return script.Config(**{**dict(teacher=toy, batch=128, pairs=2048, pair_steps=25, lr=1e-3, output_dir=str(out)), **quiet, **options})
 
 
+@pytest.mark.slow
 def test_converges_on_the_toy_then_distils_from_its_own_pairs(toy, tmp_path):
     run = script.main(config(toy, tmp_path / "two", steps=500))
     before, after = ({k: points(net, run.model, k) for k in (1, 4)} for net in (run.model.make("fresh"), run.watcher.net))

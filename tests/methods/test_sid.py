@@ -156,6 +156,7 @@ def distance(net, model, knots, n=2000):
     return sliced_wasserstein(made, target)
 
 
+@pytest.mark.slow
 def test_converges_on_the_toy(ring, tmp_path):
     """Sliced Wasserstein distance to the ring with one and with four steps. Student rates near the critic's do not converge here
     (1e-3 beside 2e-3, two critic updates: .77 and .74 after 300 steps), so this is at a fifth with four updates, as by default."""
