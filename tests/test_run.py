@@ -39,7 +39,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("script,flags", [
-    pytest.param("dmd", ["--gan", "0.01"], id="dmd-gan"), pytest.param("dmd", ["--lora", "4"], id="dmd-lora", marks=pytest.mark.slow),
+    pytest.param("dmd", ["--gan", "0.01"], id="dmd-gan", marks=pytest.mark.slow), pytest.param("dmd", ["--lora", "4"], id="dmd-lora", marks=pytest.mark.slow),
     pytest.param("lcm", [], id="lcm", marks=pytest.mark.slow), pytest.param("meanflow", ["--derivative", "jvp"], id="meanflow")])
 def test_kill_at_any_moment_and_resume_is_bit_equal(tmp_path, script, flags):
     whole = launch(script, tmp_path / "whole", "--steps", "14", *flags)
@@ -74,6 +74,7 @@ def test_terminate_saves_the_current_step(tmp_path):
     assert last(tmp_path / "run")[1]["step"] >= 1
 
 
+@pytest.mark.slow
 def test_two_ranks_and_accumulation_agree_with_one_rank(tmp_path):
     """Noise, times and data are indexed by global sample number: the same run, up to the order of sums."""
     runs = {"one": {}, "accumulated": {"flags": ["--accumulate", "2"]}, "two": {"ranks": 2, "flags": ["--accumulate", "2"]}}

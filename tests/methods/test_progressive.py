@@ -181,6 +181,7 @@ def points(net, model, k, n=2000):
     return sliced_wasserstein(rollout.sample(net, torch.randn(n, 2, generator=g), {"label": label}, knots, "ode"), target)
 
 
+@pytest.mark.slow
 def test_converges_on_the_toy(toy, tmp_path):
     run = script.main(config(toy, tmp_path / "run", steps=750, first=8, last=1, phase_steps=125))
     before, after = (points(net, run.model, 1) for net in (run.model.make("fresh"), run.watcher.net))
