@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-FINE = 2e-4              # float32: 0.5 % off forward mode on trained teachers, truncation and rounding together
+FINE = 2e-4              # float32: within 2 % of forward mode on trained teachers (benchmarks/leaderboard/steps.py)
 STIFF = 1.5
 
 
@@ -46,24 +46,33 @@ def total_derivative(fn, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ..
 
 
 @torch.no_grad()
-def stiffness(net, flow, cond: dict[str, Tensor], shape: tuple[int, ...], coarse: float, fine: float = FINE) -> float:
-    """How fast `net`, a teacher read under `flow`, changes with time: the size of its velocity's derivative along the flow at step `fine` over that
-    at step `coarse`, root mean square over the conditions [B, ...], geometric mean over five times; 1 for a network that is smooth in time.
-    Ripples of the embedding of 1000 t, and rounding of networks kept in few bits, make it larger. Deterministic; 36 calls of B samples."""
+def along_the_flow(net, flow, cond: dict[str, Tensor], shape: tuple[int, ...]) -> list[tuple]:
+    """Where a teacher read under `flow` is looked at: for five times (its velocity as a function of x, t; a state (x, t); the direction (dx/dt, 1)
+    of its flow there), as `total_derivative` takes them. States are re-noised from what it sees in pure noise, one per condition [B, ...]. Deterministic."""
     n, device = len(next(iter(cond.values()))) if cond else 1, next(iter(cond.values())).device if cond else net_device(net)
     g = torch.Generator().manual_seed(11)
     draw = lambda: torch.randn(n, *shape, generator=g).to(device)
-    logs = []
+    velocity = lambda x, t: net(x, t, cond, to="velocity")
+    states = []
     with full_precision(device.type):
         at = lambda share: torch.full((n,), share * flow.t_max, device=device)
-        guess = net(draw(), at(1.0), cond)                          # the mean of the data: what a network sees there is close to its training
+        guess = net(draw(), at(1.0), cond)                          # near the mean of the data
         for share in torch.linspace(0.1, 0.9, 5).tolist():
             t = at(share)
             x = flow.noise(guess, draw(), t)
-            velocity = lambda x, t: net(x, t, cond, to="velocity")
-            along = velocity(x, t), torch.ones_like(t)
-            small, large = (total_derivative(velocity, (x, t), along, "fd", h)[1].double().norm() for h in (fine, coarse))
-            logs.append(torch.log(small.clamp(min=1e-30) / large.clamp(min=1e-30)))
+            states.append((velocity, (x, t), (velocity(x, t), torch.ones_like(t))))
+    return states
+
+
+@torch.no_grad()
+def stiffness(net, flow, cond: dict[str, Tensor], shape: tuple[int, ...], coarse: float, fine: float = FINE) -> float:
+    """How fast `net`, a teacher read under `flow`, changes with time: the size of its velocity's derivative along the flow at step `fine` over that
+    at step `coarse`, root mean square over the conditions [B, ...], geometric mean over five times; 1 for a network that is smooth in time.
+    Ripples of the embedding of 1000 t, and rounding of networks kept in few bits, make it larger. 36 calls of B samples."""
+    logs = []
+    for state in along_the_flow(net, flow, cond, shape):
+        small, large = (total_derivative(*state, "fd", h)[1].double().norm().clamp(min=1e-30) for h in (fine, coarse))
+        logs.append(torch.log(small / large))
     return torch.stack(logs).mean().exp().item()
 
 

@@ -29,7 +29,7 @@ def check(cfg, cut: bool, device) -> None:
     """Raises UserError where `--compile` cannot be honoured. cut: whether FSDP or DeepSpeed own the parameters."""
     if cut:
         raise UserError("--compile is not supported under FSDP and DeepSpeed, whose hooks sit in the blocks it would compile: leave it out, or use "
-                        "train_scripts/accelerate/8gpu_ddp.yaml")
+                        f"{sharding.CONFIGS}/8gpu_ddp.yaml")
     if cfg.method in REFUSED:
         raise UserError(f"--compile does not fit {cfg.method}: {REFUSED[cfg.method]}; leave it out")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:

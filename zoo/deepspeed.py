@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .sharding import CONFIGS
 
-CONFIGS = "train_scripts/accelerate"
 INSTEAD = f"use --config_file {CONFIGS}/8gpu_fsdp2.yaml"
 BUCKET = 50_000_000          # numbers reduced at once
 

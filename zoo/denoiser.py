@@ -51,8 +51,10 @@ class Calls:
     def paused(self):
         """Inside, calls are not counted: what only looks at a network is not training."""
         before = self.total
-        yield
-        self.total = before
+        try:
+            yield
+        finally:
+            self.total = before
 
 
 CALLS = Calls()

@@ -120,8 +120,7 @@ class Watcher:
             with run.accelerator.autocast():
                 look_at_noise(model, self._noise(n)[0], {k: v for k, v in self._conditions(n, self.examples)[0].items() if k != "guidance"})
         self.shown = list(range(0, half, self.seeds))[:8]
-        self.rows = [(f"teacher {TEACHER_STEPS} steps", model.decode(self.latents[self.shown])),
-                     ("teacher 1 step", model.decode(self.teach(1, half, self.examples)[self.shown]))]
+        self.rows = [self._row("teacher", TEACHER_STEPS, self.latents), self._row("teacher", 1, self.teach(1, half, self.examples))]
 
     @torch.no_grad()
     def _guided_once(self):
@@ -159,8 +158,12 @@ class Watcher:
         if due:
             run.accelerator.wait_for_everyone()
 
+    def _row(self, who: str, steps: int, latents):
+        """A row of a picture: its name, and the shown samples as images."""
+        return f"{who} {steps} step{'s' * (steps > 1)}", self.run.model.decode(latents[self.shown])
+
     def draw(self, latents):
-        rows = self.rows + [(f"student {k} step{'s' * (k > 1)}", self.run.model.decode(x[self.shown])) for k, x in latents.items()]
+        rows = self.rows + [self._row("student", k, x) for k, x in latents.items()]
         if self.run.rank == 0:
             grid(rows, self.run.out / "samples" / f"step-{self.run.step:07d}.png", [self.examples.names[i] for i in self.shown], self.cell)
 
@@ -273,9 +276,8 @@ class Watcher:
         run = self.run
         measured = self.table()
         latents = {k: self.sample(k, self.n, self.examples) for k in self.trained}
-        named = lambda who, k, x: (f"{who} {k} step{'s' * (k > 1)}", run.model.decode(x[self.shown]))
-        few = [named("teacher", k, self.teach(k, self.half, self.examples)) for k in sorted({8, *self.trained}, reverse=True)]
-        rows = [self.rows[0], *few, *(named("student", k, x) for k, x in latents.items())]
+        few = [self._row("teacher", k, self.teach(k, self.half, self.examples)) for k in sorted({8, *self.trained}, reverse=True)]
+        rows = [self.rows[0], *few, *(self._row("student", k, x) for k, x in latents.items())]
         picture = grid(rows, columns=[self.examples.names[i] for i in self.shown], cell=self.cell)
         facts = {"measured": measured, "space": self.space, "prompts": [self.examples.names[i] for i in self.shown]}
         if hasattr(run.model, "pipe"):

@@ -350,7 +350,7 @@ def derivatives(preset: str) -> dict:
         results["jvp, fused attention"] = measured("jvp", torch.float32, kernel=fused)
     except (RuntimeError, NotImplementedError) as error:
         rows["jvp, fused attention"] = {"refused": str(error).strip().splitlines()[0][:90]}
-    for h in (1e-3, 5e-3, 2e-2):
+    for h in (2e-4, 1e-3, 5e-3, 2e-2):
         results[f"finite difference, h = {h:g}"] = measured("fd", torch.float32, h)
     exact, _, _ = measured("jvp", torch.float64)              # last: the weights stay in float64
     for name, (value, spent, extra) in results.items():
