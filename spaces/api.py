@@ -24,7 +24,7 @@ def _said(fn):
     try:
         return fn()
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise gr.Error(racing.words(error), print_exception=False) from None
     except gr.Error:          # of ZeroGPU, in its own words
         raise
     except Exception:
@@ -53,8 +53,8 @@ def _sheet(rows: list[list]):
 
 def students() -> list:
     """Every student here: name, method, teacher, steps it was trained for, classes ([] for prompts), license, modality."""
-    return _said(lambda: [{"name": r.name, "method": r.method, "teacher": r.teacher, "steps": list(r.steps), "classes": list(r.classes), "license": r.license,
-                           "modality": "video" if r.family == "video" else "other" if r.family in racing.NO_RACE else "image"} for r in racing.roster().values()])
+    return _said(lambda: [{"name": r.name, "method": r.method, "teacher": racing.called(r.teacher), "steps": list(r.steps), "classes": list(r.classes), "license": r.license,
+                           "modality": "video" if r.family in racing.FILMS else "other" if r.family in racing.NO_RACE else "image"} for r in racing.roster().values()])
 
 
 def race(student: str, prompt: str, seed: float, steps: float):

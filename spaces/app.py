@@ -10,7 +10,9 @@ A tab is a function below `@tabs.tab(...)` in tabs.py: the page asks each whethe
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -53,12 +55,17 @@ def serve(**options):
     return demo, demo.launch(theme=THEME, css_paths=[HERE / "style.css"], favicon_path=HERE / "favicon.svg", ssr_mode=False, footer_links=["api"], quiet=True, **options)
 
 
+def heed():
+    """A service manager's word, or a terminal that closes, ends the page as Ctrl-C does: a training that was started here ends with it."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):            # no SIGHUP on Windows
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(0))
+
+
 if __name__ == "__main__":
+    heed()
     _, (_, url, _) = serve(prevent_thread_lock=True)
     print(f"the page is at {url}", flush=True)
-    import signal
-    import threading
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -18,10 +19,11 @@ import psutil
 import racing
 import zoo
 from gpu import ZERO_GPU
-from racing import whole
+from racing import called, whole
 from zoo.errors import UserError
 
 TEACHERS = ("fashion", "emoji")
+FLAGS = ("--sample_every", "20")             # of every run, besides its teacher and its time
 SHORTEST, LONGEST, KEPT = 5, 3600, 2          # seconds of training; finished runs whose files are kept
 
 
@@ -47,10 +49,10 @@ class View:
 
 class Job:
     def __init__(self, number: int, teacher: str, seconds: int):
-        self.number, self.teacher, self.budget, self.stopped = number, teacher, seconds, False
+        self.name, self.teacher, self.budget, self.stopped = f"fresh-{called(teacher)}-{number}", teacher, seconds, False
         self.out = Path(tempfile.mkdtemp(prefix="fewstep-space-"))
         self.log = self.out / "output.txt"
-        self.command = [sys.executable, "-m", "zoo", "train", "dmd", "--teacher", teacher, "--time_budget", str(seconds), "--sample_every", "20",
+        self.command = [sys.executable, "-m", "zoo", "train", "dmd", "--teacher", teacher, "--time_budget", str(seconds), *FLAGS,
                         "--output_dir", str(self.out / "run")]
         home = str(Path(zoo.__file__).parent.parent)
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH")))), "PYTHONUNBUFFERED": "1"}
@@ -66,24 +68,23 @@ class Job:
         return self.process.poll() is None
 
     def stop(self, patience: float = 20.0):
-        """Ask the whole process group to end, then end it."""
+        """Ask the whole process group to end, then end it, and whatever the run left behind in it."""
         self.stopped = True
         for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-            if self.running:
-                try:
-                    os.killpg(self.process.pid, number)
-                    self.process.wait(wait)
-                except (ProcessLookupError, subprocess.TimeoutExpired):
-                    pass
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(wait)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
 
     def view(self) -> View:
         run = self.out / "run"
-        view = View(teacher=self.teacher, budget=self.budget)
+        view = View(teacher=called(self.teacher), budget=self.budget)
         running = self.running          # before the files are read: a finished run's files are then complete
         for row in _rows(run / "metrics.jsonl"):
             view.step, view.seconds = int(row.get("step", view.step)), float(row.get("seconds", view.seconds))
             if "warning" in row:
-                view.warnings.append(f"{row['warning']}: {row.get('remedy', '')}")
+                view.warnings.append(racing.words(f"{row['warning']}: {row.get('remedy', '')}"))
             for key, value in row.items():
                 if key in ("student/loss", "critic/denoising", "student/relative", "measure/score") and isinstance(value, (int, float)):
                     view.curves.setdefault(key, []).append((view.step, float(value)))
@@ -98,19 +99,20 @@ class Job:
         else:
             said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             errors = [line for line in said if line.startswith("error:")]
-            view.state, view.message = "failed", (errors or said or ["the process left no word"])[-1][:300]
+            view.state, view.message = "failed", racing.words((errors or said or ["the process left no word"])[-1])[:300]
         return view
 
     def enter(self) -> str:
         """The finished student joins the races."""
-        name = f"fresh-{self.teacher}-{self.number}"
-        if name not in racing.FRESH:
-            from dataclasses import replace
-            racing.FRESH[name] = replace(racing._from_folder(self.out / "run" / "student", self.teacher), name=name)
-        return name
+        if self.name not in racing.FRESH:
+            racing.FRESH[self.name] = replace(racing._from_folder(self.out / "run" / "student", self.teacher), name=self.name)
+        return self.name
 
     def forget(self):
-        racing.FRESH.pop(f"fresh-{self.teacher}-{self.number}", None)
+        """Its student leaves the races and the memory, its files the disk."""
+        gone = racing.FRESH.pop(self.name, None)
+        if gone:
+            racing.garage.drop(gone)
         shutil.rmtree(self.out, ignore_errors=True)
 
 
@@ -127,12 +129,9 @@ def _rows(path: Path) -> list[dict]:
     return out
 
 
-_jobs: list[Job] = []
+_jobs: list[Job] = []                        # the newest last, at most KEPT + 1
+_numbers = itertools.count(1)
 _lock = threading.Lock()
-
-
-def current() -> Job | None:
-    return _jobs[-1] if _jobs else None
 
 
 def view() -> View:
@@ -149,9 +148,9 @@ def start(teacher: str, seconds) -> Job:
     with _lock:
         if _jobs and _jobs[-1].running:
             raise UserError("a training is already running on this machine: watch it, or stop it first")
-        _jobs.append(Job(len(_jobs) + 1, teacher, budget))
-        for old in _jobs[:-KEPT - 1]:
-            old.forget()
+        _jobs.append(Job(next(_numbers), teacher, budget))
+        while len(_jobs) > KEPT + 1:
+            _jobs.pop(0).forget()
         return _jobs[-1]
 
 

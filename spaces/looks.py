@@ -5,10 +5,9 @@ import base64
 import io
 import math
 from html import escape as _escape
-from pathlib import Path
 from typing import Sequence
 
-from racing import LADDER, SEEDS, TEACHER_STEPS, Drawn, Ladder, Order, Race, Strip, seeds_of
+from racing import LADDER, SEEDS, TEACHER_STEPS, Drawn, Ladder, Order, Race, Strip, called, seeds_of
 
 
 def escape(text) -> str:
@@ -42,22 +41,24 @@ def plural(n: float, word: str) -> str:
     return f"{number(n)} {word}" + ("s" if n != 1 else "")
 
 
-def called(who: str) -> str:
-    """A model's name without the folders before it; Hub ids stay whole."""
-    return Path(who).name if Path(who).is_absolute() else who
-
-
 def shown(subject: str) -> str:
     return subject if len(subject) <= 60 else subject[:57] + "..."
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
+def small(image):
+    """At most 96 pixels a side."""
+    copy = image.copy()
+    copy.thumbnail((96, 96))
+    return copy
+
+
 def frame(image, alt: str, *, final: bool = True, waiting: str = "", busy: bool = False) -> str:
     """A square of fixed size, with a picture or with what it waits for. Small pictures keep their pixels."""
     if image is None:
         return f'<div class="fs-frame fs-empty{" fs-busy" * busy}"><span>{escape(waiting)}</span></div>'
-    small = " fs-pixels" if image.width <= 96 else ""
-    return (f'<div class="fs-frame{" fs-busy" * (not final)}"><img class="{small.strip()}" src="{data_uri(image, final)}" alt="{escape(alt)}" '
+    pixelated = "fs-pixels" if image.width <= 96 else ""
+    return (f'<div class="fs-frame{" fs-busy" * (not final)}"><img class="{pixelated}" src="{data_uri(image, final)}" alt="{escape(alt)}" '
             f'width="{image.width}" height="{image.height}" decoding="sync"></div>')
 
 
@@ -78,7 +79,7 @@ def lane(drawn: Drawn, o: Order, most: float, running: bool) -> str:
     alt = f"{shown(o.subject) or 'sample'}, drawn by the {role} {called(drawn.who)} from seed {o.seed}{state}"
     clock = seconds(drawn.seconds) if drawn.done else "&ndash;"
     progress = f'{plural(drawn.calls, "network call")}' if drawn.done else plural(drawn.steps, "step")
-    return (f'<article class="fs-lane fs-{role}"><header><span class="fs-role">{role}</span><h3 title="{escape(drawn.who)}">{escape(called(drawn.who))}</h3></header>'
+    return (f'<article class="fs-lane fs-{role}"><header><span class="fs-role">{role}</span><h3 title="{escape(called(drawn.who))}">{escape(called(drawn.who))}</h3></header>'
             f'{frame(image, alt, final=drawn.finished, waiting=waiting, busy=running and not drawn.finished and not drawn.note)}'
             f'<p class="fs-clock">{clock}</p>{meter(drawn, most)}'
             f'<p class="fs-calls"><b>{progress}</b> <span>step {drawn.done} of {drawn.steps}</span></p>'
@@ -126,10 +127,8 @@ def history(entries: Sequence[dict]) -> str:
 
 def history_entry(r: Race) -> dict:
     o, d = r.order, r.lanes[0]
-    small = d.images[0].copy()
-    small.thumbnail((96, 96))
     speed = f"{r.speedup:.0f}x" if r.speedup else ""
-    return {"query": o.query, "title": f"{shown(o.subject)}, {o.student.name}, seed {o.seed}, {plural(o.steps, 'step')}", "image": data_uri(small),
+    return {"query": o.query, "title": f"{shown(o.subject)}, {o.student.name}, seed {o.seed}, {plural(o.steps, 'step')}", "image": data_uri(small(d.images[0])),
             "caption": f"{plural(o.steps, 'step')} {speed}".strip()}
 
 

@@ -5,6 +5,7 @@ rule from the same first noise, and every step's estimate of the clean picture c
 from __future__ import annotations
 
 import difflib
+import functools
 import gc
 import json
 import os
@@ -36,7 +37,8 @@ MAX_PROMPT = 300
 PREVIEWS = 12                 # pictures on the teacher's way
 DEVICE = "cuda" if torch.cuda.is_available() or ZERO_GPU else "cpu"
 KEPT_ON = "cpu" if ZERO_GPU else DEVICE      # on ZeroGPU this process has no GPU, the leased one has
-NO_RACE = ("video", "text", "toy", "toy-text", "toy-video", "custom")      # families that race not; video has a tab of its own
+FILMS = ("video", "wan", "cogvideox", "ltx", "toy-video")                   # families of clips; those that stream have a tab of their own
+NO_RACE = (*FILMS, "text", "toy", "toy-text", "custom")                      # families that race not
 PHOTOS = ("a red fox in the snow", "a lighthouse in a storm", "a bowl of ramen, close-up", "an astronaut in a meadow")
 EMOJI = ("noto hospital", "fluent red heart", "twemoji megaphone", "fluent tokyo tower", "noto pizza", "twemoji rocket")
 
@@ -45,7 +47,7 @@ EMOJI = ("noto hospital", "fluent red heart", "twemoji megaphone", "fluent tokyo
 @dataclass(frozen=True)
 class Racer:
     """A student: what is known of it without loading it. source: a folder or a Hub id; load: what `zoo.load` is given;
-    classes: names of what it draws, () for prompts."""
+    classes: names of what it draws, () for prompts; streams: whether it makes a video chunk by chunk."""
     name: str
     method: str
     teacher: str
@@ -56,6 +58,7 @@ class Racer:
     classes: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
     load: str = ""
+    streams: bool = False
 
     @property
     def local(self) -> bool:
@@ -85,7 +88,8 @@ def racers() -> dict[str, Racer]:
 
 
 def videos() -> dict[str, Racer]:
-    return {name: r for name, r in roster().items() if r.family == "video"}
+    """Those that make videos chunk by chunk: what their contract says, whatever their family."""
+    return {name: r for name, r in roster().items() if r.streams}
 
 
 def _from_row(row) -> Racer | None:
@@ -104,12 +108,18 @@ def _from_folder(folder: Path, teacher: str = "") -> Racer | None:
     try:
         contract, record = read_record(folder)
     except (UserError, OSError, ValueError, KeyError) as error:
-        print(f"the page leaves out {folder}: {error}", file=sys.stderr)
+        _leave_out(f"the page leaves out {folder}: {error}")
         return None
     name = folder.resolve().parent.name if folder.name == "student" else folder.name
     teacher = teacher or record["teacher"]
     return Racer(name, record.get("method") or "", teacher, str(folder), tuple(contract.steps), _card(folder).get("license", ""),
-                 record["family"], _classes(folder, teacher) if record["family"] == "pixel" else (), _examples(folder, teacher, record["family"]), str(folder))
+                 record["family"], _classes(folder, teacher) if record["family"] == "pixel" else (), _examples(folder, teacher, record["family"]), str(folder), contract.sampler == "causal")
+
+
+@functools.lru_cache(100)
+def _leave_out(words: str):
+    """Said once, not at every look."""
+    print(words, file=sys.stderr)
 
 
 def _classes(folder: Path, teacher: str) -> tuple[str, ...]:
@@ -135,6 +145,16 @@ def _examples(folder: Path, teacher: str, family: str) -> tuple[str, ...]:
         return EMOJI
     shown = [w.get("text", "") for w in _card(folder).get("widget") or [] if isinstance(w, dict)]
     return tuple(p.strip() for p in ", ".join(shown).split(",") if p.strip())[:6]
+
+
+def called(who: str) -> str:
+    """A model's name without the folders before it; Hub ids stay whole."""
+    return Path(who).name if Path(who).is_absolute() else who
+
+
+def words(error: Exception | str) -> str:
+    """What an error says, without the folders of this machine: visitors learn names, not where things lie."""
+    return re.sub(r"""(?<![\w:/.~<-])/(?:[^\s/'"<>]+/)+([^\s/'"<>]*)""", r"\1", str(error))
 
 
 # ------------------------------------------------------------------------------------------------------- what is asked for
@@ -175,7 +195,7 @@ def order(student: str, prompt: str, seed, steps, rival: str = "") -> Order:
     who = racer(student)
     other = racer(rival) if rival else None
     if other and (other.teacher != who.teacher or other == who):
-        raise UserError(f"{other.name} cannot race {who.name}: the rival must be another student of the teacher {who.teacher}")
+        raise UserError(f"{other.name} cannot race {who.name}: the rival must be another student of the teacher {called(who.teacher)}")
     return Order(who, subject(who, prompt), whole(seed, "seed", 0, MAX_SEED), count(who, steps), other)
 
 
@@ -190,7 +210,7 @@ def subject(who: Racer, prompt: str) -> str:
         return prompt
     if not who.classes:
         return ""
-    if prompt.isdigit() and int(prompt) < len(who.classes):
+    if re.fullmatch("[0-9]{1,4}", prompt) and int(prompt) < len(who.classes):
         return who.classes[int(prompt)]
     if prompt.lower() not in who.classes:
         raise UserError(f"{who.name} draws classes and {prompt[:40]!r} is none: choose {', '.join(who.classes)}")
@@ -257,6 +277,11 @@ class Garage:
             self.kept.move_to_end(key)
             return self.kept[key][0]
 
+    def drop(self, who: Racer):
+        """Forget a student whose files are gone."""
+        with self.lock:
+            self.kept.pop(("student", who.source), None)
+
     def student(self, who: Racer):
         """Its pipeline, as zoo.load opens it."""
         def load():
@@ -301,7 +326,7 @@ class Drawn:
         return bool(self.images) and self.done == self.steps
 
     def facts(self) -> dict:
-        return {"who": self.who, "role": self.role, "steps": self.steps, "network_calls": self.calls, "seconds": round(self.seconds, 4)}
+        return {"who": called(self.who), "role": self.role, "steps": self.steps, "network_calls": self.calls, "seconds": round(self.seconds, 4)}
 
 
 class Calls:
@@ -409,7 +434,7 @@ def absent_teacher(who: Racer) -> str:
     try:
         garage.teacher(who.teacher)
     except UserError as error:
-        return str(error)
+        return words(error)
     return ""
 
 
@@ -433,7 +458,7 @@ class Race:
 
     def facts(self) -> dict:
         o = self.order
-        return {"student": o.student.name, "teacher": o.student.teacher, "prompt": o.subject, "seed": o.seed, "steps": o.steps,
+        return {"student": o.student.name, "teacher": called(o.student.teacher), "prompt": o.subject, "seed": o.seed, "steps": o.steps,
                 "lanes": [d.facts() for d in self.lanes if d.finished], "speedup": self.speedup and round(self.speedup, 2), "link": o.query}
 
 
@@ -483,7 +508,7 @@ class Strip:
 
     def facts(self) -> dict:
         o = self.order
-        return {"student": o.student.name, "teacher": o.student.teacher, "prompt": o.subject, "seeds": seeds_of(o), "steps": o.steps,
+        return {"student": o.student.name, "teacher": called(o.student.teacher), "prompt": o.subject, "seeds": seeds_of(o), "steps": o.steps,
                 "diversity": {k: round(v, 4) for k, v in self.diversity.items()}, "kept": self.kept and round(self.kept, 3), "rows": [r.facts() for r in self.rows]}
 
 
@@ -530,7 +555,7 @@ class Ladder:
     def facts(self) -> dict:
         o = self.order
         rungs = {str(k): {"student": s and s.facts(), "teacher": t and t.facts()} for k, (s, t) in self.rungs.items()}
-        return {"student": o.student.name, "teacher": o.student.teacher, "prompt": o.subject, "seed": o.seed, "rungs": rungs,
+        return {"student": o.student.name, "teacher": called(o.student.teacher), "prompt": o.subject, "seed": o.seed, "rungs": rungs,
                 "reference": self.reference and self.reference.facts()}
 
 

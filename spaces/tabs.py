@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import traceback
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from zoo.errors import UserError
 
 EXAMPLES, EXAMPLE_SEED = 6, 0
 HISTORY = 12
+FRAMES = 8, 128           # of a video
 PAUSE = 0.08              # seconds between two pictures on the way that are sent to the page
 BROKEN = "Something broke here; the page goes on. What happened is in the log of the Space."
 MACHINE = {"concurrency_limit": 1, "concurrency_id": "machine"}      # drawing: one at a time, the others queue
@@ -29,7 +31,15 @@ SYNC = """() => { const link = document.querySelector('#fs-link'); if (!link) re
 const q = new URLSearchParams(link.getAttribute('href')); const theme = new URLSearchParams(location.search).get('__theme');
 if (window.parent !== window) window.parent.postMessage({queryString: q.toString(), hash: ''}, 'https://huggingface.co');
 if (theme) q.set('__theme', theme); history.replaceState(null, '', '?' + q.toString()); }"""
-COPY = """() => { const link = document.querySelector('#fs-link'); if (link) navigator.clipboard.writeText(new URL(link.getAttribute('href'), location.href).href); }"""
+# The button says what came of it. Browsers hand out a clipboard on https and localhost alone; elsewhere an old command does it.
+COPY = """async () => { const button = document.querySelector('#fs-copy'), link = document.querySelector('#fs-link');
+const say = words => { button.innerText = words; setTimeout(() => { button.innerText = 'Copy link'; }, 1500); };
+if (!link) return say('No race yet');
+const text = new URL(link.getAttribute('href'), location.href).href;
+try { await navigator.clipboard.writeText(text); } catch (refused) {
+  const box = Object.assign(document.createElement('textarea'), {value: text}); document.body.append(box); box.select();
+  const copied = document.execCommand('copy'); box.remove(); if (!copied) return say('Not allowed'); }
+say('Copied'); }"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def order_of(student, rival, prompt, klass, seed, steps) -> Order:
 def told(error: Exception) -> str:
     """What to show for an error; a bug goes to the log."""
     if isinstance(error, UserError):
-        return str(error)
+        return racing.words(error)
     if isinstance(error, gr.Error):          # of ZeroGPU: no quota, no machine
         return str(error.message)
     traceback.print_exception(error)
@@ -165,7 +175,7 @@ _cache: dict[str, Race] = {}
 
 
 def _is_example(o: Order) -> bool:
-    return o.rival is None and o.seed == EXAMPLE_SEED and o.subject in o.student.examples[:EXAMPLES] and o.steps == best_steps(o.student)
+    return o.rival is None and o.student.name not in racing.FRESH and o.seed == EXAMPLE_SEED and o.subject in o.student.examples[:EXAMPLES] and o.steps == best_steps(o.student)
 
 
 def cache_examples():
@@ -226,8 +236,8 @@ def race_tab(wish: Wish) -> dict:
             view = gr.HTML(looks.race_board(None), elem_id="fs-race-board")
         with gr.Column(scale=1, min_width=190):
             past = gr.HTML(looks.history([]), elem_id="fs-past")
-    entries = gr.State([])
-    pending = gr.State({})
+    entries = gr.State([], time_to_live=3600)          # seconds; of visitors who leave nothing stays
+    pending = gr.State({}, time_to_live=3600)
     outputs = [view, entries, past]
 
     def click(student, rival, prompt, klass, seed, steps, entries):
@@ -273,8 +283,8 @@ def read_link(query: dict) -> tuple[list, dict]:
     try:
         who = racing.racer(asked.get("student", first.name))
     except UserError as error:
-        return fill(first), {"unknown": str(error)}
-    number = lambda key, other: int(asked[key]) if str(asked.get(key, "")).lstrip("-").isdigit() and len(asked[key]) < 16 else other
+        return fill(first), {"unknown": told(error)}
+    number = lambda key, other: int(asked[key]) if re.fullmatch("-?[0-9]{1,15}", asked.get(key, "")) else other
     prompt = asked.get("prompt", (who.examples or ("",))[0])
     updates = fill(who, prompt[: racing.MAX_PROMPT + 1], number("seed", EXAMPLE_SEED), number("steps", None), asked.get("rival", ""))
     return updates, {"order": (who.name, prompt, asked.get("seed", EXAMPLE_SEED), asked.get("steps", best_steps(who)), asked.get("rival", ""))}
@@ -353,9 +363,9 @@ def leaderboard_tab(wish: Wish):
     found = [(board.label(path), name) for name, path in board.boards().items()]
     head = gr.HTML(elem_id="fs-leaderboard-head")
     with gr.Row(visible=bool(found), elem_classes="fs-row"):
-        name = gr.Dropdown(found, value=found[0][1] if found else None, label="Board", min_width=150)
-        quality = gr.Dropdown([(v, k) for k, v in board.QUALITY.items()], value="kid_efflite0", label="Quality", min_width=150)
-        cost = gr.Dropdown([(v, k) for k, v in board.COST.items()], value=board.telling_cost(next(iter(board.boards().values()))) if found else "training_calls", label="Cost", min_width=150)
+        name = gr.Dropdown(found, value=found[0][1] if found else None, label="Board", min_width=150, elem_id="fs-board-name")
+        quality = gr.Dropdown([(v, k) for k, v in board.QUALITY.items()], value="kid_efflite0", label="Quality", min_width=150, elem_id="fs-board-quality")
+        cost = gr.Dropdown([(v, k) for k, v in board.COST.items()], value=board.telling_cost(next(iter(board.boards().values()))) if found else "training_calls", label="Cost", min_width=150, elem_id="fs-board-cost")
     plots = gr.HTML(elem_id="fs-plots")
     rows = gr.Dataframe(interactive=False, visible=False, elem_id="fs-leaderboard", max_height=560, label="Leaderboard", show_label=False, buttons=["copy"])
     for choice in (name, quality, cost):
@@ -382,6 +392,8 @@ def home_tab(wish: Wish):
             o = order_of(values[0], "", *values[2:])
             lines, (card, grid) = takehome.snippets(o), takehome.card(o.student)
             head = '<p class="fs-headline"><b>The same picture, on your machine.</b> <span>These lines draw what the panel above says.</span></p>'
+            if o.student.name in racing.FRESH:
+                head += looks.note("The folder of a student that was trained here is deleted when the page ends: copy it first.")
             return head, lines["diffusers"], lines["zoo"], lines["train"], lines["cite"], grid, card
         except Exception as error:
             return looks.alert(told(error)), *[gr.skip()] * 6
@@ -405,8 +417,11 @@ def training_board(v: distil.View, message: str = "") -> str:
     picture = "<div class='fs-blank fs-tall'><span>sample grids of teacher and student appear here</span></div>"
     if v.grid is not None:
         from PIL import Image
-        with Image.open(v.grid) as image:
-            picture = f'<img src="{looks.data_uri(image.convert("RGB"))}" alt="Teacher and student on the same noise, training step {v.step}" width="{image.width}" height="{image.height}">'
+        try:
+            with Image.open(v.grid) as image:
+                picture = f'<img src="{looks.data_uri(image.convert("RGB"))}" alt="Teacher and student on the same noise, training step {v.step}" width="{image.width}" height="{image.height}">'
+        except OSError:          # half written: the next look has it
+            pass
     health = "".join(f"<li>{looks.escape(w)}</li>" for w in v.warnings) or "<li class='fs-ok'>no warning so far</li>" if v.state != "idle" else "<li>no run yet</li>"
     curves = "".join(looks.curve(v.curves.get(k, []), title) for k, title in CURVES.items())
     trouble = message or (v.message if v.state == "failed" else "")
@@ -418,7 +433,7 @@ def training_board(v: distil.View, message: str = "") -> str:
 @tab("distil", "Distil", applies=distil.allowed, draws=False)
 def distil_tab(wish: Wish) -> dict:
     with gr.Row(elem_classes="fs-row"):
-        teacher = gr.Radio(list(distil.TEACHERS), value="fashion", label="Teacher", elem_id="fs-distil-teacher", min_width=160)
+        teacher = gr.Radio(list(distil.TEACHERS), value=distil.TEACHERS[0], label="Teacher", elem_id="fs-distil-teacher", min_width=160)
         budget = gr.Slider(30, 600, value=150, step=10, label="Training time, seconds", elem_id="fs-distil-seconds", min_width=220)
     with gr.Row(elem_classes="fs-actions"):
         start = gr.Button("Distil on this machine", variant="primary", elem_id="fs-distil-go", scale=0, min_width=200)
@@ -431,9 +446,9 @@ def distil_tab(wish: Wish) -> dict:
     def look(message: str = ""):
         try:
             v = distil.view()
+            return training_board(v, message), gr.Timer(active=v.state == "running"), gr.update(visible=v.state == "done")
         except Exception as error:
-            v, message = distil.View(), told(error)
-        return training_board(v, message), gr.Timer(active=v.state == "running"), gr.update(visible=v.state == "done")
+            return training_board(distil.View(), told(error)), gr.skip(), gr.skip()          # the next look may do better
 
     def attempt(fn, *args):
         try:
@@ -458,7 +473,7 @@ def video_tab(wish: Wish):
         student = gr.Dropdown(list(everyone), value=first.name, label="Student", min_width=150)
         prompt = gr.Textbox((first.examples or ("",))[0], label="Prompt", scale=3, min_width=220, elem_id="fs-video-prompt")
         seed = gr.Number(EXAMPLE_SEED, label="Seed", precision=0, min_width=90)
-        frames = gr.Slider(8, 128, value=32, step=8, label="Frames", min_width=160)
+        frames = gr.Slider(*FRAMES, value=32, step=8, label="Frames", min_width=160, elem_id="fs-video-frames")
     with gr.Row(elem_classes="fs-actions"):
         go = gr.Button("Stream", variant="primary", elem_id="fs-video-go", scale=0, min_width=160)
         stop = gr.Button("Stop", elem_id="fs-video-stop", scale=0, min_width=90)
@@ -468,12 +483,12 @@ def video_tab(wish: Wish):
         made: list = []
         try:
             who = racing.racer(name, racing.videos())
-            what, number = racing.subject(who, prompt), racing.whole(seed, "seed", 0, racing.MAX_SEED)
+            what, number, wanted = racing.subject(who, prompt), racing.whole(seed, "seed", 0, racing.MAX_SEED), racing.whole(frames, "number of frames", *FRAMES)
             began = time.perf_counter()
-            for chunk in racing.film(who, what, number, int(frames)):
+            for chunk in racing.film(who, what, number, wanted):
                 made += chunk
-                yield film_board(made, time.perf_counter() - began, what, int(frames), running=True)
-            yield film_board(made, time.perf_counter() - began, what, int(frames))
+                yield film_board(made, time.perf_counter() - began, what, wanted, running=True)
+            yield film_board(made, time.perf_counter() - began, what, wanted)
         except Exception as error:
             yield film_board([], 0, "", 0, message=told(error))
 
@@ -492,7 +507,7 @@ def film_board(frames: list, seconds: float, what: str, wanted: int, message: st
                f'alt="video of {len(frames)} frames: {looks.escape(looks.shown(what))}" width="{frames[0].width}" height="{frames[0].height}"></div>')
     else:
         big = looks.frame(frames[-1] if frames else None, f"frame {len(frames)}: {looks.shown(what)}", waiting="press Stream", busy=running)
-    cells = "".join(f"<figure>{looks.frame(f, f'frame {len(frames) - len(frames[-8:]) + i + 1}')}</figure>" for i, f in enumerate(frames[-8:]))
+    cells = "".join(f"<figure>{looks.frame(looks.small(f), f'frame {len(frames) - len(frames[-8:]) + i + 1}')}</figure>" for i, f in enumerate(frames[-8:]))
     head = f"<b>{len(frames) / seconds:.1f} frames a second</b> <span>frame {len(frames)} of {wanted}</span>" if frames else "<b>Frames as they are made.</b> <span>Chunk after chunk through a key-value cache.</span>"
     return (f'<section class="fs-board" aria-label="Video">{looks.alert(message)}<p class="fs-headline">{head}</p>'
             f'<div class="fs-film fs-student">{big}</div><div class="fs-cells fs-eight">{cells}</div></section>')

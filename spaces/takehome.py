@@ -7,7 +7,7 @@ from pathlib import Path
 
 import zoo
 from looks import data_uri, escape
-from racing import Order, Racer
+from racing import Order, Racer, called
 from zoo.errors import UserError
 from zoo.hub.export import RECORD, read_record
 
@@ -67,7 +67,7 @@ def training(who: Racer) -> str:
     """The command on the card, else the method's defaults on the teacher."""
     path = _file(who, "README.md")
     said = re.search(r"^- command: `([^`]+)`$", path.read_text(encoding="utf-8"), re.M) if path else None
-    return said[1] if said else f"accelerate launch train_scripts/train_{who.method}.py --teacher {who.teacher}" if who.method else "not recorded"
+    return said[1] if said else f"accelerate launch train_scripts/train_{who.method}.py --teacher {called(who.teacher)}" if who.method else "not recorded"
 
 
 def card(who: Racer) -> tuple[str, str]:

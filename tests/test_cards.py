@@ -16,6 +16,9 @@ from clients import folder
 from zoo.errors import UserError
 from zoo.hub import card, lint, model_cards
 from zoo.hub.contract import Contract
+from zoo.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
 
 MEASURED = [{"who": "teacher", "steps": 25, "calls": 50, "kid_x": 0.1, "diversity": 1.0, "seconds_per_image": 0.5},
             {"who": "student", "steps": 4, "calls": 4, "kid_x": 0.25, "diversity": 0.9, "seconds_per_image": 0.04},
@@ -121,6 +124,38 @@ def test_lora_card_pins_its_base(tmp_path):
     assert "template:sd-lora" in yaml.safe_load(card.render(at).split("---\n")[1])["tags"]
 
 
+def test_a_teacher_of_the_package_is_on_no_hub_and_the_card_says_where_it_is(tmp_path):
+    """Metadata names no repository that does not exist, and the usage lines open the teacher where it lies."""
+    import zoo
+    from clients import safetensors
+    facts = {"base_model": "fewstep/emoji-teacher", "base_revision": None, "lora_loads": True}
+    at = made(tmp_path, facts=facts, record={"teacher": "emoji", "lora_rank": 4})
+    safetensors(at / "pytorch_lora_weights.safetensors", "a", metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
+    card.refresh(at)
+    data, body, _ = parts(at)
+    assert "base_model" not in data and "base_model_relation" not in data and lint.lint(at) == [] and "fewstep/" not in body
+    assert "it is in the package, at `zoo/assets/emoji/teacher`" in body
+    line = re.search(r"from_pretrained\((zoo\..*)\)", body)[1]
+    assert Path(eval(line, {"zoo": zoo})) == card.home(at) and (card.home(at) / "model_index.json").exists()
+    for name, (license, where, _) in card.BUILT_IN.items():
+        assert license in lint.LICENSES and (Path(zoo.__path__[0]) / where).is_dir(), name
+    mine = made(tmp_path, facts=facts | {"built_in": False, "base_model": "me/emoji"}, record={"teacher": "emoji"}, name="mine")     # a folder that is only called so
+    assert parts(mine)[0]["base_model"] == "me/emoji" and card.home(mine) is None and "in the package" not in parts(mine)[1]
+
+
+def test_what_a_run_did_not_keep_is_said_to_be_so(tmp_path):
+    at = made(tmp_path, facts={"seed": None, "versions": None, "command": None, "data": None})
+    data = json.loads((at / "fewstep.json").read_text())
+    data["card"] = {k: v for k, v in data["card"].items() if v is not None}
+    (at / "fewstep.json").write_text(json.dumps(data))
+    text = Path(card.refresh(at)).read_text()
+    for line in ("- command: not recorded", "- data: not recorded; the method takes prompts", "- seed: not recorded",
+                 "- versions: fewstep not recorded, torch not recorded, diffusers not recorded", "- energy: not measured (the run did not record it)"):
+        assert line in text, line
+    full = made(tmp_path, facts={"energy": {"joules": 7200.0, "of": ["GPU"]}}, name="full")
+    assert "energy: 7.2 kJ (0.002 kWh), by the counters of GPU" in parts(full)[1] and "- data: `prompts`; the method takes prompts" in parts(full)[1]
+
+
 HOSTILE = "<img src=x onerror=alert(1)> `x` | [a](javascript:alert(1)) ```"
 
 
@@ -133,6 +168,48 @@ def test_nothing_a_run_was_given_becomes_markup(tmp_path):
     assert "<img" not in outside and "<script" not in outside and not re.search(r"(?<!\\)\]\(javascript", outside)
     assert len(re.findall(r"^```", body, re.M)) % 2 == 0
     assert card.plain("a|b <b>") == r"a\|b &lt;b&gt;"
+
+
+def poisoned(value):
+    """Every word of a JSON value made hostile, keys that are no fields too."""
+    if isinstance(value, dict):
+        return {k if k in NAMES else HOSTILE: poisoned(v) for k, v in value.items()}
+    return [poisoned(v) for v in value] if isinstance(value, list) else HOSTILE + "\n```\n<script>" if isinstance(value, str) else value
+
+
+NAMES = {*FACTS, "license", "repo", "file", "parts", "scale", "name", "texts", "teacher_lora", "downstream", "report", "verdict", "rule", "text", "ok", "energy", "joules",
+         "of", "place", "chain", "lora_loads", "who", "steps"}
+
+
+@pytest.mark.parametrize("given", [{}, {"license": {"license": "mit", "tags": "evil"}}, {"downstream": [{"use": "x", "measure": "y", "steps": 1}]},
+                                   {"energy": {"joules": 1.0, "of": ["GPU"]}}, {"chain": ["dmd at x"], "texts": "x", "place": "me/x", "lora_loads": True},
+                                   {"teacher_lora": {"name": "s", "repo": "a/b", "file": "f.safetensors", "parts": ["unet"], "scale": 1.0}},
+                                   {"report": {"verdict": "go: x", "rule": "r", "parts": {"quality": {"ok": True, "text": "t"}}}}])
+def test_a_strangers_record_cannot_inject_markup(tmp_path, given):
+    """Every name and word of the record is hostile: the card is rendered without markup of theirs, or refused."""
+    from clients import safetensors
+    at = made(tmp_path, facts=given, record={"lora_rank": 4})
+    safetensors(at / "pytorch_lora_weights.safetensors", "a", metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
+    data = json.loads((at / "fewstep.json").read_text())
+    data["card"], data["student"]["teacher"], data["student"]["method"] = poisoned(data["card"]), HOSTILE, HOSTILE
+    data["scheduler"] = data["prediction"] = HOSTILE + "\n```\n<script>"
+    (at / "fewstep.json").write_text(json.dumps(data))
+    text = card.render(at)
+    front, body, complaint = lint.front_matter(text)
+    assert not complaint and set(front) <= lint.KEYS and "evil" not in str(front)
+    outside = lint.CODE.sub("", body)
+    assert not re.search(r"<img|<script", outside) and not re.search(r"(?<!\\)\]\(javascript", outside), outside
+    for fence in re.findall(r"^```python\n(.*?)^```", body, re.S | re.M):
+        compile(fence, "card", "exec")                              # and the usage lines are still Python
+
+
+def test_a_record_of_another_shape_is_refused(tmp_path):
+    at = made(tmp_path)
+    data = json.loads((at / "fewstep.json").read_text())
+    for wrong in ("text", {"license": 3}, {"measured": "fast"}, {"title": "t", "license": {"license": "mit"}, "trained": {"student": "many"}}):
+        (at / "fewstep.json").write_text(json.dumps(data | {"card": wrong}))
+        with pytest.raises(UserError, match="cannot be rendered"):
+            card.render(at)
 
 
 def test_tokens_never_reach_a_card(tmp_path):
@@ -154,6 +231,27 @@ def test_lint_finds(tmp_path, old, new, complaint):
     assert old in text
     (at / "README.md").write_text(text.replace(old, new, 1))
     assert any(complaint in line for line in lint.lint(at)), lint.lint(at)
+
+
+@pytest.mark.parametrize("key", ["license", "license_name", "tags", "base_model", "base_model_relation", "pipeline_tag", "library_name", "datasets", "widget", "model-index"])
+def test_lint_finds_every_other_shape(tmp_path, key):
+    """Metadata is a stranger's when a repository is verified: whatever is there, the linter answers in lines."""
+    at = made(tmp_path)
+    data, body, _ = parts(at)
+    for value in (3, "x", [], [3], ["x"], {}, {"x": 1}, [{"x": 1}], [{"output": "x"}], [{"name": "n", "results": 3}], [{"name": "n", "results": ["x"]}],
+                  [{"name": "n", "results": [{"task": "x", "dataset": [], "metrics": "x"}]}], True):
+        (at / "README.md").write_text(f"---\n{yaml.safe_dump(data | {key: value})}---\n{body}")
+        found = lint.lint(at)
+        assert isinstance(found, list) and (found or key in ("license_name", "tags", "widget", "model-index", "base_model", "datasets", "library_name")), (key, value)
+    (at / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\xfe")
+    assert lint.lint(at) == ["README.md is not text in UTF-8"]
+
+
+@pytest.mark.parametrize("body", ["\\`<script>x</script>\\`", "``` `\n<script>x</script>\n```", "text\n<iframe src=x>"])
+def test_what_only_looks_like_code_is_still_markup(tmp_path, body):
+    at = made(tmp_path)
+    (at / "README.md").write_text((at / "README.md").read_text() + "\n" + body + "\n")
+    assert lint.lint(at) == ["the card holds active markup"]
 
 
 @pytest.mark.parametrize("base, own, fits", [
@@ -186,6 +284,24 @@ def test_paths_of_a_repository(path, fine):
 # ------------------------------------------------------------------------------------------------------- model_cards/
 def test_model_cards_are_fresh():
     assert model_cards.stale() == [], "run: python -m zoo.hub.model_cards"
+
+
+@pytest.mark.parametrize("folder", [pytest.param(p, id=p.name) for p in model_cards.folders()])
+def test_shipped_students_say_seed_versions_and_data(folder):
+    """And say what their own files and the logs of their runs say."""
+    facts, text = json.loads((folder / "fewstep.json").read_text())["card"], (folder / "README.md").read_text()
+    data, body, _ = lint.front_matter(text)
+    assert "base_model" not in data and not re.search(r"[`(\"/]fewstep/", text)
+    assert facts["versions"]["diffusers"] == json.loads((folder / "model_index.json").read_text())["_diffusers_version"]
+    log = ROOT / "benchmarks" / "students" / f"{folder.name}.config.json"
+    if log.exists():
+        config = json.loads(log.read_text())
+        assert facts["seed"] == config["seed"] and config["method"] == facts["method"] and f"--teacher {config['teacher']}" in facts["command"] and config["data"] == ""
+    else:
+        assert facts["seed"] == RunConfig.seed and "--seed" not in facts["command"]
+    assert f"- seed: {facts['seed']}" in body and "- data: the teacher's own (`" in body and "- energy: " in body
+    torch = facts["versions"].get("torch", "not recorded")
+    assert f"torch {torch}, diffusers {facts['versions']['diffusers']}" in body
 
 
 def test_model_cards_command(tmp_path):

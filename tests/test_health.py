@@ -187,9 +187,9 @@ def strength(trained: float, declared: float, seed: int = 5):
                                                (1, 1), (0, 1)])
 @pytest.mark.parametrize("seed", [1, 5])                       # the teacher's own noise, or another
 def test_guidance_strength_reads_the_guidance_of_a_linear_world(trained, declared, seed):
-    value, error = strength(trained, declared, seed)
+    value, error, share = strength(trained, declared, seed)
     assert value == pytest.approx(trained, abs=max(0.15, 4 * error))
-    assert error < 0.3
+    assert error < 0.3 and share == pytest.approx(value / declared, abs=0.1)
 
 
 def test_seed_noise_does_not_bias_the_reading():
@@ -198,13 +198,16 @@ def test_seed_noise_does_not_bias_the_reading():
 
     readings = [health.guidance_strength(*four(i), 3) for i in range(60)]
     assert all(readings)
-    assert abs(sum(value for value, _ in readings) / 60) < 0.15
+    assert abs(sum(reading.value for reading in readings) / 60) < 0.15
+
+
+def twice(readings, declared: float) -> list[str]:
+    monitor = Health()
+    return [n for step in (150, 200) for n in names(monitor.guidance(step, readings, declared))]
 
 
 def guided(trained: float, declared: float) -> list[str]:
-    monitor = Health()
-    four = linear(trained, 5), linear(declared, 1), linear(1, 1), linear(0, 1)
-    return [n for step in (150, 200) for n in names(monitor.guidance(step, *four, declared))]
+    return twice([strength(trained, declared), None], declared)
 
 
 @pytest.mark.parametrize("declared", [1, 1.5, 3, 7.5])
@@ -223,6 +226,41 @@ def test_guidance_rule_is_silent_where_nothing_can_be_told():
     assert health.guidance_strength(flat, flat, flat, flat, 3.0) is None
     two = [linear(w, seed, prompts=2) for w, seed in ((3, 5), (3, 1), (1, 1), (0, 1))]
     assert health.guidance_strength(*two, 3.0) is None
+
+
+def readings_of(ruler: float, *shares: tuple[float, float], declared: float = 2.0) -> list[health.Reading]:
+    """Readings from what was measured on a run: (share, its error) at each step count, and the share of the teacher at w = 1."""
+    slope = lambda c: 1 / ruler if c < ruler else (declared - 1) / (1 - ruler)
+    value = lambda c: c / ruler if c < ruler else 1 + (declared - 1) * (c - ruler) / (1 - ruler)
+    return [health.Reading(value(c), error * slope(c), c) for c, error in shares]
+
+
+# Students of the leaderboard's rows (benchmarks/leaderboard, w = 2), at 4, 2 and 1 steps, by their exported weights. The first four were
+# warned about by a rule that read the finest step count alone, by its distance to w; all are healthy.
+FASHION, EMOJI = 0.742, 0.885        # shares of the two teachers at w = 1
+HEALTHY = {
+    "fashion decoupled_dmd, seed 0": readings_of(FASHION, (0.56, 0.09), (0.83, 0.04), (1.15, 0.04)),
+    "fashion decoupled_dmd, seed 1": readings_of(FASHION, (0.74, 0.07), (0.92, 0.04), (1.13, 0.03)),
+    "emoji lcm": readings_of(EMOJI, (0.91, 0.02), (0.90, 0.02), (0.88, 0.02)),
+    "emoji ladd, whose target is data": readings_of(EMOJI, (0.88, 0.03), (0.88, 0.03), (0.87, 0.02)),
+    "fashion scm": readings_of(FASHION, (0.82, 0.06), (0.82, 0.05), (0.86, 0.04)),
+    "fashion sid": readings_of(FASHION, (1.26, 0.08), (1.00, 0.02), (0.83, 0.05)),
+    "emoji decoupled_dmd": readings_of(EMOJI, (0.92, 0.01), (1.04, 0.01), (1.18, 0.03)),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_guidance_rule_is_silent_on_the_leaderboards_runs(name):
+    assert twice(HEALTHY[name], 2.0) == []
+
+
+def test_guidance_rule_fires_only_where_every_step_count_is_wrong():
+    wrong, right = strength(-2, 3), strength(3, 3)
+    assert twice([wrong, wrong], 3) == ["wrong guidance convention"]
+    assert twice([wrong, right], 3) == [] and twice([None, None], 3) == []
+    # Swapped on the leaderboard's teachers, whose rulers are short: 1 - w = -1, as far beyond the unconditional as w = 1 is before it.
+    for ruler in (FASHION, EMOJI):
+        assert twice(readings_of(ruler, (-ruler, 0.05), (-ruler, 0.05)), 2.0) == ["wrong guidance convention"]
 
 
 @pytest.mark.parametrize("used, fires", [(3.0, False), (4.0, True), (2.0, True), (-2.0, True), (1.0, True)])

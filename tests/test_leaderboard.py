@@ -245,7 +245,7 @@ def test_markdown_and_markers(tmp_path):
     assert "| dmd | trajectory | renoise | 340 ± 40 |  | 240 ± 40 |  |  |" in text
     assert "| teacher | baseline | ode |  | 900 |  |  | 100 at 100 |" in text
     assert "Failed: lcm seed 0: error: no images." in text and "meanflow (jump)" in text and "0.25" in text
-    widths = {line.count("|") for line in text.split("Each where it is best:")[1].splitlines() if line.startswith("|")}
+    widths = {line.count("|") for line in text.split("Each where it is nearest to real images:")[1].splitlines() if line.startswith("|")}
     assert len(widths) == 1
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- leaderboard:begin -->\nold\n<!-- leaderboard:end -->\nafter\n")
@@ -253,6 +253,86 @@ def test_markdown_and_markers(tmp_path):
     assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n") and "old" not in page.read_text()
     assert page.read_text().index("| dmd | 340 ± 40 |  | 240 ± 40 |") < page.read_text().index("| meanflow") < page.read_text().index("| untrained")
     assert not pages.between(tmp_path / "none.md", "leaderboard", "x")
+
+
+def test_a_star_marks_who_ended_before_the_budget_in_every_table():
+    done = entry("progressive", 0, [row(4, 190.0)]) | {"job": JOB | {"budget_used": 0.7, "training_calls": 41_600}}
+    for text in (pages.markdown([*ENTRIES, done], FACTS), pages.short([*ENTRIES, done], FACTS)):
+        assert text.count("| progressive* |") == text.count("| progressive") > 0 and "| dmd* |" not in text
+        assert "\\* reached its script's own `--steps` before the budget was spent (progressive: 41,600 calls)." in text
+    assert "*" not in pages.short(ENTRIES, FACTS)
+
+
+def test_seeds_and_costs_are_told_from_the_rows():
+    trained = lambda who, *seeds, seconds=100.0: [entry(who, s, [row(1, 300.0)]) | {"job": JOB | {"training_seconds": seconds + s}} for s in seeds]
+    assert pages.seeds(trained("dmd", 0)) == "one seed" and pages.seeds(trained("dmd", 0, 1, 2)) == "three seeds"
+    assert pages.seeds(trained("dmd", 0, 1, 2) + trained("lcm", 0)) == "one to three seeds"
+    assert pages.seeds([*trained("dmd", 0), entry("dmd", 1, [], error="error: x")]) == "one seed"        # a failed one is none
+    text = pages.so_far([("a", trained("dmd", 0), FACTS), ("b", trained("dmd", *range(5)), FACTS | {"teacher": "emoji", "hardware": "1 threads, x"})])
+    assert text == "So far: one seed on fashion, five seeds on emoji (half of the trainings took 101 to 103 s); 1 thread, x and test, beside other work."
+    assert "one seed (0), teacher" in pages.markdown(trained("dmd", 0), FACTS) and "two seeds (0, 1; mean ± spread over them)" in pages.markdown(trained("dmd", 0, 1), FACTS)
+
+
+def test_students_beside_the_training_free_solvers():
+    solvers = [entry(who, None, [row(4, kid, "solver", 8), row(8, 100.0, "solver", 16)], "solver") for who, kid in (("unipc", 300.0), ("dpmsolver++", 320.0))]
+    seeds = [entry("sid", s, [row(4, kid)]) for s, kid in ((0, 260.0), (1, 300.0))]                      # within its own spread of 28
+    told = pages.against_solvers(pages.by_student(pages.average(pages.flat([*solvers, *seeds, *(entry(who, 0, [row(4, kid)]) for who, kid in
+                                                                           (("tscd", 298.0), ("dmd", 322.0), ("lcm", 320.5)))]))))
+    assert told == "Students at 4 calls beside dpmsolver++ and unipc at 8 (300 and 320): ahead: tscd; level: lcm, sid; behind: dmd."
+    assert pages.against_solvers([]) == ""
+
+
+# ------------------------------------------------------------------------------------------------------- what is committed
+@pytest.fixture(scope="module")
+def committed():
+    return {facts["teacher"]: rows for _, rows, facts in pages.known(pages.HERE)}
+
+
+def test_the_tables_are_those_of_the_committed_rows(tmp_path):
+    """`python benchmarks/leaderboard/pages.py` makes them again."""
+    for (page, name), text in pages.tables(pages.HERE).items():
+        assert f"<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->" in (ROOT / page).read_text(encoding="utf-8"), (page, name)
+    for name, rows, _ in pages.known(pages.HERE):
+        pages.table(rows, tmp_path / "t.csv")
+        assert (tmp_path / "t.csv").read_text() == (pages.HERE / name / "leaderboard.csv").read_text(), name
+
+
+def test_what_the_pages_say_of_the_boards_is_so(committed):
+    """The sentences of README.md and benchmarks/leaderboard/README.md that name methods, on the rows there are."""
+    mean = {t: {(r["who"], r["sampler"], r["calls"]): r for r in pages.average(pages.flat(rows))} for t, rows in committed.items()}
+    best = lambda t, who, key, calls: min((r[key][0] for (w, _, c), r in mean[t].items() if w == who and c == calls and r[key]), default=math.inf)
+    students = lambda t: {w for (w, _, _), r in mean[t].items() if r["kind"] == "method"}
+    solvers = lambda t, calls: [r["kid_efflite0"][0] for (_, _, c), r in mean[t].items() if r["kind"] == "solver" and c == calls]
+    # Fashion-MNIST
+    kid = lambda who, calls: best("fashion", who, "kid_efflite0", calls)
+    assert min(students("fashion"), key=lambda w: kid(w, 1)) == "reflow"
+    for who in ("split_meanflow", "tscd", "progressive"):
+        assert kid(who, 4) < min(solvers("fashion", 8)), who
+    for who in ("dmd", "decoupled_dmd", "sid"):
+        assert kid(who, 2) > max(solvers("fashion", 8)) and (who == "sid" or kid(who, 4) > max(solvers("fashion", 8))), who
+    assert kid("sid", 4) < max(solvers("fashion", 8)) and kid("ladd", 4) > kid("dmd", 4)
+    for who in ("scm", "rcm", "decoupled_dmd", "meanflow"):
+        spread = [r["kid_efflite0"] for (w, _, _), r in mean["fashion"].items() if w == who]
+        assert any(s and s / m > 0.1 for m, s in spread), who
+    # emoji
+    kid, taught = (lambda who, calls, key=key: best("emoji", who, key, calls) for key in ("kid_efflite0", "kid_teacher"))
+    assert all(sum(kid(w, c) < kid("untrained", c) for w in students("emoji")) <= 2 for c in (1, 2, 4))
+    assert kid("teacher", 100) > kid("untrained", 2)
+    began, free = min(taught("untrained", c) for c in (1, 2, 4, 8)), min(r["kid_teacher"][0] for (_, _, c), r in mean["emoji"].items() if r["kind"] == "solver" and c == 8)
+    for who, calls in (("reflow", (1, 2, 4)), ("arcflow", (2,)), ("flow_map", (1, 2, 4)), ("tscd", (4,)), ("split_meanflow", (4,)), ("dmd_pairs", (1,))):
+        assert all(taught(who, c) < min(began, free) for c in calls), who
+    for who in ("dmd", "sid", "rcm", "ladd", "swiftbrush"):
+        assert all(taught(who, c) > taught("untrained", c) for c in (1, 2, 4) if taught(who, c) < math.inf), who
+    learned = {e["who"] for e in committed["emoji"] if e["family"] == "trajectory"} | {"dmd_pairs"}
+    assert sum(any(taught(w, c) < min(began, free) for c in (1, 2, 4)) for w in learned) > len(learned) / 2
+
+
+def test_ci_reruns_two_methods_with_one_seed():
+    """The guard below is what .ci/run's last test stage selects."""
+    marks = {m.name for m in test_quick_two_methods_beat_the_untrained_student.pytestmark}
+    assert marks == {"slow", "alone"} and re.search(r"^pytest .*-m alone\b", (ROOT / ".ci" / "run").read_text(), re.M)
+    quick = run.settle(run.Config(quick=True, results="x", work="y"))
+    assert len(quick.methods) == 2 and len(quick.seeds) == 1
 
 
 def test_the_readme_has_its_markers():

@@ -169,3 +169,24 @@ def test_pictures_are_decoded_ahead_and_encoded_by_the_thread_that_trains(tmp_pa
 def test_batches_lie_in_pinned_memory():
     fields = pinned({"cond": {"prompt": torch.ones(2, 3)}, "x0": torch.ones(2, device="cuda"), "name": "n"})
     assert fields["cond"]["prompt"].is_pinned() and fields["x0"].is_cuda and fields["name"] == "n"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_shared_sample_saves_one_sampling_and_is_the_students(tmp_path, monkeypatch, accumulate):
+    """DMD: the critic's first update trains on what the student's loss saw, with fresh noise, and no network is called for it again."""
+    calls, seen = {}, {"student": [], "critic": []}
+    along, denoising = train_dmd.losses.along, train_dmd.critics.denoising
+    monkeypatch.setattr(train_dmd.losses, "along", lambda x, d: seen["student"].append(x.detach().clone()) or along(x, d))
+    monkeypatch.setattr(train_dmd.critics, "denoising", lambda fake, x, eps, *a: seen["critic"].append((x.detach().clone(), eps)) or denoising(fake, x, eps, *a))
+    for share in (False, True):
+        for kept in seen.values():
+            kept.clear()
+        run = train_dmd.main(train_dmd.Config(teacher="toy", steps=3, batch=16, accumulate=accumulate, student_times=(1.0,), critic_updates=2,
+                                              share_sample=share, time_budget=0, measure_every=0, sample_every=0, output_dir=str(tmp_path / f"{share}")))
+        calls[share] = run.calls
+        firsts = [x for at in range(0, len(seen["critic"]), 2 * accumulate) for x, _ in seen["critic"][at: at + accumulate]]
+        assert len(firsts) == len(seen["student"]) == 3 * accumulate
+        assert all(torch.equal(a, b) for a, b in zip(firsts, seen["student"])) == share
+        noises = [eps for _, eps in seen["critic"]]
+        assert not any(torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
+    assert calls[False] - calls[True] == 3 * 16

@@ -9,12 +9,13 @@ NeurIPS 2024 -- https://arxiv.org/abs/2405.14867
     where z is noise, or G's own re-noised output at a later student time (backward simulation, Sec. 4.5), real_w is the
     guided teacher, and sp is softplus.
 
-Departures from the paper: the critic is not trained on student steps beyond its k updates (the official code trains it on
-the student's batch too); the critic's denoising loss is a v-MSE, finite at both ends of zero-terminal-SNR schedules; one
-student serves 1, 2 and 4 steps, so each sample has a student time of its own, the earlier of two uniform draws, and the critic
-is told it (--tell_critic: one score for the mixture of all times lets late steps overshoot what early ones lack); the student
-is averaged (EMA); the discriminator's real and generated samples carry the same prompts. The default is the quick start:
-batch 32, two critic updates, no GAN (no real data), larger rates; recipes are the paper's.
+Departures from the paper: each of the critic's k updates draws samples of its own (--share_sample, set in the recipes: the first
+takes the student's, as the official code does, which saves one sampling of k + 1); the critic's denoising loss is a v-MSE,
+finite at both ends of zero-terminal-SNR schedules; one student serves 1, 2 and 4 steps, so each sample has a student time of
+its own, the earlier of two uniform draws, and the critic is told it (--tell_critic: one score for the mixture of all times lets
+late steps overshoot what early ones lack); the student is averaged (EMA); the discriminator's real and generated samples carry
+the same prompts. The default is the quick start: batch 32, two critic updates, no GAN (no real data), larger rates; recipes are
+the paper's.
 
     accelerate launch train_scripts/train_dmd.py                                       # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_dmd.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --lora 64 --data prompts.txt
@@ -35,9 +36,9 @@ class Config(RunConfig):
     method: ClassVar[str] = "dmd"
     recipes: ClassVar[dict] = {
         "sd15": dict(source="Yin et al. 2024, App.; official SD1.5 script", batch=2048, lr=1e-5, critic_lr=1e-5, critic_updates=10,
-                     gan=1e-3, guidance=1.75, student_times=(1.0,), warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=40000),
+                     gan=1e-3, guidance=1.75, student_times=(1.0,), share_sample=True, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=40000),
         "sdxl-4step": dict(source="Yin et al. 2024, Sec. 5.2; official SDXL script", batch=128, lr=5e-7, critic_lr=5e-7, critic_updates=5,
-                           gan=5e-3, guidance=8.0, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=19000),
+                           gan=5e-3, guidance=8.0, share_sample=True, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=19000),
     }
     steps: int = 1000
     time_budget: float = 150.0
@@ -48,6 +49,7 @@ class Config(RunConfig):
     gan: float = 0.0                       # weight of the student's GAN loss, Sec. 4.3; > 0 needs images
     gan_critic: float = 1e-2               # weight of the discriminator loss beside the denoising loss
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)    # Sec. 4.4; 1.0 alone trains a one-step student
+    share_sample: bool = False             # the critic's first update trains on the sample of the student's: one sampling less
     tell_critic: bool = True               # the critic is given the student time its sample was made at, where the network takes a second scalar
     t_min: float = 0.02                    # range of the student's renoising times
     t_max: float = 0.98
@@ -75,9 +77,11 @@ def main(cfg: Config) -> Run:
         return process.noise(x, batch.randn(), t), t
 
     def critic_loss(batch):
-        z, at = student_input(batch)
-        with torch.no_grad():
-            x = G(z, at, batch.cond)
+        x, at = getattr(batch, "made", (None, None))
+        if x is None:
+            z, at = student_input(batch)
+            with torch.no_grad():
+                x = G(z, at, batch.cond)
         at = at if tell else None
         t = batch.rand().clamp(min=1e-3) * process.t_max
         loss = denoise = critics.denoising(fake, x, batch.randn(), t, batch.cond, at)
@@ -92,6 +96,9 @@ def main(cfg: Config) -> Run:
     def student_loss(batch):
         z, at = student_input(batch)
         x = G(z, at, batch.cond)
+        if cfg.share_sample:
+            batch.made = x.detach(), at
+            shared.append(batch)
         at = at if tell else None
         x_t, t = renoised(batch, x)
         score, logit = fake(x_t, t, batch.cond, r=at, logits=True) if cfg.gan else (fake, None)         # one call for both
@@ -102,9 +109,13 @@ def main(cfg: Config) -> Run:
         return {"loss": loss, **critic_fit(x, x_real, x_fake)}
 
     for _ in run.loop():
-        for _ in range(cfg.critic_updates):
-            run.minimize(fake, critic_loss, data)
-        run.minimize(G, student_loss, data)
+        shared = []
+        if cfg.share_sample:
+            run.minimize(G, student_loss, data)
+        for k in range(cfg.critic_updates):
+            run.minimize(fake, critic_loss, shared if shared and k == 0 else data)
+        if not cfg.share_sample:
+            run.minimize(G, student_loss, data)
     return run
 
 

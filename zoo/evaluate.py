@@ -4,7 +4,7 @@
     fid              by torch-fidelity, to reference pictures
     clip_score       by torchmetrics; hpsv2 by hpsv2; image_reward by ImageReward: agreement with the prompt and preference
     diversity_<space>  how different the pictures of one prompt are (zoo.metrics.diversity)
-    ms_*             milliseconds per picture in the text encoders, the denoiser, the decoder of the VAE, and the rest"""
+    ms_*             milliseconds per picture in the text encoders, the denoiser, the decoder of the VAE (those it has), and the rest"""
 from __future__ import annotations
 
 import importlib.util
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import data, metrics
+from . import calls, data, metrics, registry
 from .errors import UserError
 
 # Prompt sets of the Hub: repository, split, column (of a list, its first entry).
@@ -25,48 +25,80 @@ SETS = {"partiprompts": ("nateraw/parti-prompts", "train", "Prompt"), "coco": ("
 SKIPPED = "-"
 
 
-def evaluate(student: str | Path, prompts: str | Path | Sequence[str], *, limit: int = 0, seeds: int = 2, steps: int | None = None,
-             reference: str | None = None,
+def evaluate(student: str | Path, prompts: str | Path | Sequence[str] | None = None, *, limit: int | None = None, seeds: int = 2,
+             steps: int | None = None, reference: str | None = None,
              progress: Callable = lambda items, what: items, repeats: int = 3, **options) -> dict:
     """Sample `student` on `prompts` (a list, a file, partiprompts or coco) and measure the pictures.
 
-    limit: only the first prompts; seeds: pictures of each; steps: a count of its contract; reference: folder, file or Hub id of real
-    pictures; options: of `zoo.load`. Returns what was done and `rows` of metric, value and note.
+    prompts: of class-conditional students classes, by default all; of unconditional ones none. limit: only the first prompts; seeds:
+    pictures of each; steps: a count of its contract; reference: folder, file or Hub id of real pictures; options: of `zoo.load`.
+    Returns what was done and `rows` of metric, value and note.
     Raises UserError for a student that draws no pictures, for counts outside the contract, and for prompts that cannot be read."""
     from .loading import load
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: give at least 1")
-    texts = read_prompts(prompts, limit)
-    pipe = load(student, **options)
-    terms = getattr(pipe, "_terms", None)
-    if terms is None:
-        raise UserError(f"{student} is a {type(pipe).__name__}: eval measures students that draw pictures")
-    if steps is not None and steps not in terms.steps:
-        raise UserError(f"--steps {steps} is not in the contract of {student}: it was trained for {', '.join(map(str, terms.steps))}")
+    for name, count in (("seeds", seeds), ("limit", limit)):
+        if count is not None and count < 1:
+            raise UserError(f"--{name} {count}: give at least 1")
+    refuse_video(student)
+    texts = None if prompts is None else read_prompts(prompts)
+    pipe = calls.open_stock(load(student, **options), str(student), "eval")
+    if calls.is_video(pipe):
+        raise UserError(f"eval measures pictures and {student} makes videos: watch some with `zoo sample {student} PROMPT`")
+    steps = calls.steps_in(pipe._terms, steps, str(student))
+    if limit and calls.takes(pipe) == "nothing":
+        raise UserError(f"--limit {limit} is of prompts and {student} draws without: --seeds N is how many pictures")
+    texts = (asked(pipe) if texts is None else texts)[:limit]
+    wanted = [(calls.condition(pipe, text), seed) for text in texts for seed in range(seeds)]        # a wrong class among them stops here
     pipe.set_progress_bar_config(disable=True)
-    pictures = [draw(pipe, text, seed, steps) for text, seed in progress([(t, s) for t in texts for s in range(seeds)], "sampling")]
+    first, *others = wanted
+    pictures = [draw(pipe, *first, steps)]
+    real = None if reference is None else references(reference, pictures[0].size)
+    pictures += [draw(pipe, call, seed, steps) for call, seed in progress(others, "sampling")]
     images = to_tensor(pictures)
     named = [t for t in texts for _ in range(seeds)]
-    rows = [*against(images, reference), *with_prompts(pipe, images, pictures, named), spread(images, len(texts), seeds),
-            *latency(pipe, texts[0], steps, repeats)]
+    rows = [*against(images, real), *with_prompts(pipe, images, pictures, named, progress), spread(images, len(texts), seeds),
+            *latency(pipe, first[0], steps, repeats)]
     return {"student": str(student), "prompts": str(prompts) if isinstance(prompts, (str, Path)) else f"{len(texts)} given", "pictures": len(images),
-            "seeds": seeds, "steps": steps or terms.usual, "size": list(images.shape[-2:]), "device": str(pipe.device), "rows": rows}
+            "seeds": seeds, "steps": steps, "size": list(images.shape[-2:]), "device": str(pipe.device), "rows": rows}
+
+
+def refuse_video(student: str | Path) -> None:
+    """Say so before a registered student of many gigabytes is fetched for nothing."""
+    if any(s.name == str(student) and s.modality == "video" for s in registry.STUDENTS):
+        raise UserError(f"eval measures pictures and {student} makes videos: watch some with `zoo sample {student} PROMPT`")
+
+
+def asked(pipe) -> list[str]:
+    """What is drawn where nothing was asked for: every class once, or just pictures. Raises UserError where prompts are needed."""
+    kind = calls.takes(pipe)
+    if kind == "prompt":
+        raise UserError(f"this student draws what prompts say: give --prompts FILE (one a line), or --prompts {' or '.join(SETS)}")
+    return [str(i) for i in range(calls.classes(pipe))] if kind == "class" else [""]
+
+
+def references(reference: str, size: tuple[int, int]) -> Tensor:
+    """Reference pictures [N, 3, S, S] of the student's size. Raises UserError when they cannot be read."""
+    if size[0] != size[1]:
+        raise UserError(f"--reference: pictures of {size[0]} x {size[1]} are not square, and references are read as squares: leave it out")
+    return data.images(reference, size[0], 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
-def read_prompts(spec: str | Path | Sequence[str], limit: int = 0) -> list[str]:
+def read_prompts(spec: str | Path | Sequence[str]) -> list[str]:
     """Prompts of a list, a file with one a line, or a set by name. Raises UserError when there are none."""
     if not isinstance(spec, (str, Path)):
         texts = list(spec)
     elif str(spec) in SETS:
         texts = _set(str(spec))
     elif Path(spec).is_file():
-        texts = [line.strip() for line in Path(spec).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            texts = [line.strip() for line in Path(spec).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {spec} is no text file: give one prompt a line, in UTF-8") from error
     else:
         raise UserError(f"--prompts {spec}: give a text file of one prompt a line, or {' or '.join(SETS)}")
     if not texts:
         raise UserError(f"--prompts {spec} holds no prompt")
-    return texts[:limit] if limit else texts
+    return texts
 
 
 def _set(name: str) -> list[str]:
@@ -82,21 +114,9 @@ def _set(name: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-def draw(pipe, text: str, seed: int, steps: int | None):
-    """One PIL picture."""
-    out = pipe(**what(pipe, text), num_inference_steps=steps, generator=torch.Generator().manual_seed(seed))
-    if not hasattr(out, "images"):
-        raise UserError(f"a {type(pipe).__name__} makes no pictures: eval measures images")
-    return out.images[0]
-
-
-def what(pipe, text: str) -> dict:
-    """The condition of a call: a prompt, or a class by number or name."""
-    from diffusers import ConsistencyModelPipeline
-    if isinstance(pipe, ConsistencyModelPipeline):
-        from .cli import class_number
-        return {"class_labels": [class_number(text)]} if pipe.unet.config.num_class_embeds else {}
-    return {"prompt": text}
+def draw(pipe, call: dict, seed: int, steps: int | None):
+    """One PIL picture of what `call` asks for."""
+    return calls.frames(calls.draw(pipe, call, steps, seed))[0]
 
 
 def to_tensor(pictures: list) -> Tensor:
@@ -112,23 +132,26 @@ def row(metric: str, value, note: str = "") -> dict:
 
 
 def tried(metric: str, package: str | None, run: Callable[[], tuple], install: str = "") -> dict:
-    """A row of `run() -> (value, note)`; skipped, with the reason, when its package is not installed or its network cannot be had."""
+    """A row of `run() -> (value, note)`; skipped, with the reason, when its package is not installed, fails, or cannot have its network.
+
+    Whatever a package raises is its own affair (versions that do not fit, weights that are gone); without one, a bug of ours is a bug."""
     if package and importlib.util.find_spec(package) is None:
         return row(metric, SKIPPED, f"skipped: {package} is not installed ({install or 'pip install ' + package})")
     try:
         return row(metric, *run())
-    except (UserError, OSError, ImportError, RuntimeError) as error:      # offline, a torchvision of another torch ...
+    except (UserError, OSError) as error:      # offline, most of all
         return row(metric, SKIPPED, f"skipped: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+    except Exception as error:
+        if package is None:
+            raise
+        return row(metric, SKIPPED, f"skipped: {package} failed ({type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]})")
 
 
-def against(images: Tensor, reference: str | None) -> list[dict]:
-    """Distances to reference pictures, resized to the student's size."""
+def against(images: Tensor, real: Tensor | None) -> list[dict]:
+    """Distances to reference pictures."""
     space = metrics.default_feature_space()
-    if not reference:
-        return [row("fid", SKIPPED, "skipped: no --reference pictures"), row(f"kid_{space}", SKIPPED, "skipped: no --reference pictures")]
-    if images.shape[-1] != images.shape[-2]:
-        return [row("fid", SKIPPED, "skipped: the pictures are not square"), row(f"kid_{space}", SKIPPED, "skipped: the pictures are not square")]
-    real = data.images(reference, images.shape[-1], 3)
+    if real is None:
+        return [row(m, SKIPPED, "skipped: no --reference pictures") for m in ("fid", f"kid_{space}")]
     features = metrics.feature_space(space)
 
     def kid():
@@ -141,11 +164,11 @@ def against(images: Tensor, reference: str | None) -> list[dict]:
     return [tried("fid", "torch_fidelity", fid, "pip install torch-fidelity"), tried(f"kid_{space}", None, kid)]
 
 
-def with_prompts(pipe, images: Tensor, pictures: list, texts: list[str]) -> list[dict]:
+def with_prompts(pipe, images: Tensor, pictures: list, texts: list[str], progress: Callable = lambda items, what: items) -> list[dict]:
     """Agreement with the prompts, and what people would prefer."""
-    from diffusers import ConsistencyModelPipeline
-    if isinstance(pipe, ConsistencyModelPipeline):
-        return [row(m, SKIPPED, "skipped: it draws classes, not prompts") for m in ("clip_score", "hpsv2", "image_reward")]
+    if calls.takes(pipe) != "prompt":
+        return [row(m, SKIPPED, "skipped: it does not draw prompts") for m in ("clip_score", "hpsv2", "image_reward")]
+    pairs = list(zip(pictures, texts))
 
     def clip():
         from .metrics.network import CLIP, network_metrics
@@ -153,12 +176,12 @@ def with_prompts(pipe, images: Tensor, pictures: list, texts: list[str]) -> list
 
     def hpsv2():
         import hpsv2
-        return statistics.fmean(float(hpsv2.score(p, t, hps_version="v2.1")[0]) for p, t in zip(pictures, texts)), "v2.1"
+        return statistics.fmean(float(hpsv2.score(p, t, hps_version="v2.1")[0]) for p, t in progress(pairs, "hpsv2")), "v2.1"
 
     def reward():
         import ImageReward
         model = ImageReward.load("ImageReward-v1.0")
-        return statistics.fmean(float(model.score(t, p)) for p, t in zip(pictures, texts)), "v1.0"
+        return statistics.fmean(float(model.score(t, p)) for p, t in progress(pairs, "image_reward")), "v1.0"
     return [tried("clip_score", "torchmetrics", clip), tried("hpsv2", "hpsv2", hpsv2), tried("image_reward", "ImageReward", reward,
                                                                                              "pip install image-reward")]
 
@@ -172,26 +195,40 @@ def spread(images: Tensor, prompts: int, seeds: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------- latency
-def latency(pipe, text: str, steps: int | None, repeats: int = 3) -> list[dict]:
-    """Milliseconds of one picture, by part: median of `repeats` calls after one that is not counted."""
-    def call():
-        return pipe(**what(pipe, text), num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
-    call()
-    parts = {"text_encoder": [], "denoiser": [], "vae": []}
-    totals, calls = [], 0
+def latency(pipe, call: dict, steps: int | None, repeats: int = 3) -> list[dict]:
+    """Milliseconds of one picture, by part the pipeline has: median of `repeats` calls after one that is not counted."""
+    def once():
+        return calls.draw(pipe, call, steps, 0)
+    once()
+    parts: dict[str, list[float]] = {part: [] for part in dict.fromkeys(part for _, _, part in watch_points(pipe))}
+    totals, count = [], 0
     for _ in range(repeats):
         with stopwatch(pipe) as spent:
             start = _now(pipe.device)
-            call()
+            once()
             totals.append(_now(pipe.device) - start)
-        calls = spent["calls"]
+        count = spent["calls"]
         for name, values in parts.items():
             values.append(spent[name])
-    rows = [row(f"ms_{name}", 1e3 * statistics.median(values), f"{calls} calls of the network" if name == "denoiser" else "") for name,
-            values in parts.items()]
+    rows = [row(f"ms_{name}", 1e3 * statistics.median(values), f"{count} calls of the network" if name == "denoiser" else "")
+            for name, values in parts.items()]
     rest = statistics.median(t - sum(values[i] for values in parts.values()) for i, t in enumerate(totals))
     return [*rows, row("ms_rest", 1e3 * rest, "scheduler, tokenizer, conversion"), row("ms_total", 1e3 * statistics.median(totals),
                                                                                        f"one picture on {_device_name(pipe.device)}")]
+
+
+def watch_points(pipe) -> list[tuple[torch.nn.Module, str, str]]:
+    """(module, method, part) of what is timed: text encoders, denoisers, the decoder, in this order."""
+    found = []
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            if name.startswith("text_encoder"):
+                found.append((0, module, "forward", "text_encoder"))
+            elif name in ("unet", "transformer", "transformer_2"):
+                found.append((1, module, "forward", "denoiser"))
+            elif name == "vae":
+                found.append((2, module, "decode", "vae"))
+    return [point for _, *point in sorted(found, key=lambda f: f[0])]
 
 
 def _now(device: torch.device) -> float:
@@ -221,15 +258,8 @@ def stopwatch(pipe):
             return out
         setattr(owner, method, timed)
         undo.append((owner, method, own))
-    for name, module in pipe.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        if name.startswith("text_encoder"):
-            watch(module, "forward", "text_encoder")
-        elif name in ("unet", "transformer", "transformer_2"):
-            watch(module, "forward", "denoiser")
-        elif name == "vae":
-            watch(module, "decode", "vae")
+    for point in watch_points(pipe):
+        watch(*point)
     try:
         yield spent
     finally:

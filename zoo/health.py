@@ -12,13 +12,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoo.metrics import diversity as seed_diversity
 
-__all__ = ["Health", "HealthWarning", "contrast", "critic_fit", "exploding", "guidance_applied",
+__all__ = ["Health", "HealthWarning", "Reading", "contrast", "critic_fit", "exploding", "guidance_applied",
            "guidance_strength", "saturation", "seed_diversity"]
 
 REMEDIES = {
@@ -80,16 +81,25 @@ def critic_fit(x: Tensor, x_real: Tensor, x_fake: Tensor) -> dict[str, Tensor]:
             "misfit": (residual * gap).sum() / (residual.norm() * gap.norm()).clamp(min=tiny)}
 
 
+class Reading(NamedTuple):
+    """What `guidance_strength` reads off samples: the guidance, its standard error, and `share`, how far the
+    student's means have come from the unconditional one (0) to the guided teacher's (1)."""
+
+    value: float
+    error: float
+    share: float
+
+
 def guidance_strength(student: Tensor, guided: Tensor, plain: Tensor, uncond: Tensor, guidance: float
-                      ) -> tuple[float, float] | None:
-    """The guidance at which the student appears to sample, with its standard error; or None.
+                      ) -> Reading | None:
+    """The guidance at which the student appears to sample, or None.
 
     Four batches [P, S, ...] of images or latents, P >= 4 prompts and S >= 2 seeds (one noise per seed): the
     student, the teacher at the declared guidance w, at w = 1, and without condition. With m_. the mean over
     seeds minus the unconditional mean, c = <m_student, m_guided> / <m_guided, m_guided>, summed over
     prompts; only products of different seeds enter, so neither noise nor a kept noise-to-image map biases
-    it. c is 0 for unconditional samples and 1 at w; the teacher's own w = 1 batch gives a third point of
-    the ruler, which is linear between and beyond.
+    it. c, the share, is 0 for unconditional samples and 1 at w; the teacher's own w = 1 batch gives a third
+    point of the ruler, which is linear between and beyond.
 
     In a linear world a student trained with 1 + w reads w + 1, one without guidance 1, one with cond and uncond
     swapped 1 - w. Distribution matching overshoots guided sampling (w = 3 on eight separated modes reads 5 to
@@ -107,22 +117,22 @@ def guidance_strength(student: Tensor, guided: Tensor, plain: Tensor, uncond: Te
 
     sums = torch.stack([cross(s, g), cross(p, g), cross(g, g)])  # [3, P]
 
-    def read(total: Tensor) -> float:
+    def read(total: Tensor) -> tuple[float, float]:
         own, one, norm = total.tolist()
         if norm <= 0:
-            return math.nan
+            return math.nan, math.nan
         c, c1 = own / norm, one / norm
         if guidance == 1:
-            return c
+            return c, c
         if not 0.05 < c1 < 0.95:
-            return math.nan
-        return c / c1 if c < c1 else 1 + (guidance - 1) * (c - c1) / (1 - c1)
+            return math.nan, c
+        return c / c1 if c < c1 else 1 + (guidance - 1) * (c - c1) / (1 - c1), c
 
-    value = read(sums.sum(1))
-    left_out = [read(sums.sum(1) - sums[:, i]) for i in range(prompts)]
+    value, share = read(sums.sum(1))
+    left_out = [read(sums.sum(1) - sums[:, i])[0] for i in range(prompts)]
     if not all(map(math.isfinite, [value, *left_out])):
         return None
-    return value, ((prompts - 1) * statistics.pvariance(left_out)) ** 0.5
+    return Reading(value, ((prompts - 1) * statistics.pvariance(left_out)) ** 0.5, share)
 
 
 def guidance_applied(x_real: Tensor, x_cond: Tensor, x_uncond: Tensor) -> float:
@@ -158,9 +168,12 @@ class Health:
       is below 0.02 (a teacher that has memorised its prompts).
     oversaturation: a fifth of the values that the teacher leaves unsaturated are at |x| > 0.98, and contrast is
       above 1.1 x the teacher's.
-    wrong guidance convention: `guidance_strength` below the declared w by more than max(0.75, w / 4) and three
-      standard errors: swapped, missing, or (below w = 4) one too little. Too much cannot be read off samples;
-      `applied` checks the teacher's guided output itself, to within 0.05.
+    wrong guidance convention: at every step count, `guidance_strength` below the declared w by more than
+      max(0.75, w / 4) and three standard errors, and a share below 0.75: swapped, missing, or (below w = 4) one
+      too little. A convention is wrong at all step counts alike, while a student that is merely young loses its
+      prompt with every re-noising (read on a healthy run: 0.75 at 4 steps, 2.6 at 1); and a blurred student keeps
+      three quarters of the way, which is all there is between w = 1 and w where the teacher hardly heeds its
+      guidance. Too much cannot be read off samples; `applied` checks the teacher's guided output itself, to within 0.05.
     The image rules sleep for the first `warmup` steps and want two samplings in a row; collapse and too little
     guidance also want no recovery (10 %) in between, since a student starts from the teacher's blurred one-step
     images.
@@ -172,6 +185,7 @@ class Health:
     collapse: float = 0.3
     clipped: float = 0.2
     contrast: float = 1.1
+    share: float = 0.75
     active: set[str] = field(default_factory=set)
     _trace: list[dict[str, float]] = field(default_factory=list)
     _lowest: float = math.inf
@@ -224,14 +238,13 @@ class Health:
         found = abs(value - guidance) > 0.05 and f"the teacher is guided by {value:.2f}, declared {guidance:g}"
         return self._report("wrong guidance convention", step, found)
 
-    def guidance(self, step: int, student: Tensor, guided: Tensor, plain: Tensor, uncond: Tensor,
-                 guidance: float) -> list[HealthWarning]:
-        """One sampling of the four batches of `guidance_strength`."""
-        reading = guidance_strength(student, guided, plain, uncond, guidance) if step >= self.warmup else None
-        if reading is None:
+    def guidance(self, step: int, readings: Sequence[Reading | None], guidance: float) -> list[HealthWarning]:
+        """One sampling: `guidance_strength` at each step count, and the declared guidance."""
+        known = [reading for reading in readings if reading is not None]
+        if step < self.warmup or not known:
             return []
-        value, error = reading
-        wrong = guidance - value > max(0.75, guidance / 4, 3 * error)
+        value, error, share = max(known)
+        wrong = share < self.share and guidance - value > max(0.75, guidance / 4, 3 * error)
         name = "wrong guidance convention"
         found = self._twice(name, wrong, value, rising_is_recovery=True)
         return self._report(name, step, found and f"samples look like guidance {value:.2f} +- {error:.2f}, "

@@ -150,10 +150,10 @@ OURS: tuple[Student, ...] = (
                           for steps, value in ((4, 1566.1), (2, 1863.7), (1, 2661.7)))),
     shipped("dmd.fashion-4step", "dmd", "fashion", (4, 2, 1), "mit", base_license="mit", pipeline="ConsistencyModelPipeline",
             metrics=tuple(Metric("kid_efflite0", value, steps, _FASHION, "benchmarks/quickstart/results-fashion.json")
-                          for steps, value in ((4, 680.0), (2, 736.0), (1, 1260.0)))),
+                          for steps, value in ((4, 678.41), (2, 734.28), (1, 1258.42)))),
     shipped("reflow.fashion-4step", "reflow", "fashion", (4, 2, 1), "mit", base_license="mit", pipeline="ConsistencyModelPipeline",
             metrics=tuple(Metric("kid_efflite0", value, steps, _FASHION, "benchmarks/quickstart/results-fashion.json")
-                          for steps, value in ((4, 310.1), (2, 289.3), (1, 432.7)))),
+                          for steps, value in ((4, 312.21), (2, 288.15), (1, 427.29)))),
     rebuilt("lcm.emoji-4step", "lcm", "emoji", (4, 2, 1), "apache-2.0", "--teacher emoji --max_calls 60000 --time_budget 0 --export last", 0,
             {"torch": "2.13.0", "diffusers": "0.42.1"}, base_license="apache-2.0", pipeline="StableDiffusionPipeline",
             metrics=tuple(Metric("conditional_kid_efflite0", value, steps, _EMOJI, "benchmarks/students/lcm.emoji-4step.json", tolerance=400.0)
@@ -187,6 +187,8 @@ def method(name: str) -> Method:
     if name not in names and METHOD_ALIASES.get(name) in names:
         name = METHOD_ALIASES[name]
     if name not in names:
+        if kin := relatives(name):
+            raise UserError(f"{name} has no script here, only students of others ({', '.join(s.name for s in kin[:3])} ...): `zoo show {name}`")
         raise UserError(f"unknown method {name!r}: {nearest(name, names)}")
     return METHODS[names.index(name)]
 
@@ -228,21 +230,33 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+def paper(row: Student) -> Method | Paper | None:
+    """Where the method of a student was published; None where its makers name none."""
+    return next((p for p in (*METHODS, *PAPERS) if p.name == (row.paper or row.method)), None)
+
+
+def relatives(name: str) -> list[Student]:
+    """Students called `name.something`, and those of the method or paper `name` (its other names count)."""
+    method = METHOD_ALIASES.get(name, name)
+    return [s for s in STUDENTS if s.name.startswith(f"{name}.") or method and method in (s.method, s.paper)]
+
+
 def cite(name: str) -> str:
-    """BibTeX of a method's paper, or of what a student was made with; the year is that of its arXiv number."""
+    """BibTeX of a method, of a paper of a student's method, of a student, or of a family of students (sdxl-lightning); the year is that of its
+    arXiv number. A student whose makers name no method is cited by its repository."""
     if name in {s.name for s in STUDENTS}:
         row = student(name)
-        papers = {p.name: p for p in (*METHODS, *PAPERS)}
-        row = papers.get(row.paper or row.method) or row
-        if isinstance(row, Student):        # its makers name no method
-            return f"@misc{{{_plain(row.name)},\n  title = {{{row.source}}},\n  url   = {{{row.url}}}\n}}"
-    elif name in {p.name for p in PAPERS}:
-        row = next(p for p in PAPERS if p.name == name)
-    elif name in METHOD_ALIASES or name in {m.name for m in METHODS}:
-        row = method(name)
-    else:
-        names = {m.name for m in METHODS} | {s.name for s in STUDENTS} | {p.name for p in PAPERS}
+        return bibtex(paper(row)) if paper(row) else f"@misc{{{_plain(name)},\n  title = {{{row.source}}},\n  url   = {{{row.url}}}\n}}"
+    papers = {p.name: p for p in (*METHODS, *PAPERS)}
+    found = papers.get(METHOD_ALIASES.get(name, name))
+    kin = [found] if found else list(dict.fromkeys(filter(None, map(paper, relatives(name)))))
+    if not kin:
+        names = papers.keys() | {s.name for s in STUDENTS}
         raise UserError(f"unknown {'student' if '.' in name else 'method'} {name!r}: {nearest(name, names)}")
+    return "\n\n".join(map(bibtex, kin))
+
+
+def bibtex(row: Method | Paper) -> str:
     year = f"20{row.arxiv[:2]}"
     first = row.authors[0].split()[-1].lower()
     return (f"@article{{{first}{year}{row.name},\n"

@@ -36,13 +36,16 @@ class Student:
     name: `name.tag`; method: a Method or Paper of the registry, or "undisclosed"; teacher: its base model; source: a folder inside
     the package or a Hub id; steps: counts it was trained for, falling; license: its own.
     kind: "shipped" (in the package), "rebuilt" (`zoo make` trains it again) or "community" (of others, on the Hub).
-    parts: what `source` holds: "pipeline" (a whole one), "lora" or "component" (to put on, or into, the teacher's pipeline),
-    "single-file" (a checkpoint in the original layout). file: its name there; second_file: LoRA of the second transformer.
+    revision: the commit of `source` that was read, "main" (said in the note) where no source names one; paper: a Method or Paper of the
+    registry, where it is another than its method's.
+    parts: what `source` holds: "pipeline" (a whole one), "lora" or "component" (to put on, or into, the teacher's pipeline).
+    file: its name there; second_file: LoRA of the second transformer.
     scheduler, scheduler_config: class and what differs from the teacher's configuration ("" keeps the scheduler as it is;
     scheduler_alone: the configuration stands by itself); timesteps: by step count, where they must be passed to the call.
     guidance: the value to pass as guidance_argument; guidance_range: scales it was trained for; call: other arguments.
     variant: file variant of the teacher's float16 weights; dtype: what to load it in on an accelerator.
-    status: "verified" against `facts` (addresses), or "unverified"; note: what a reader should know.
+    status: "verified" against `facts` (addresses): place, files and how it is called; or "unverified". A licence that no source
+    states is "unknown", and the note says so. note: what a reader should know.
     command, seed, versions: how a rebuilt student is made (flags after the script's name); metrics carry the tolerance."""
     name: str
     method: str
@@ -63,7 +66,6 @@ class Student:
     scheduler: str = ""
     scheduler_config: dict = field(default_factory=dict)
     scheduler_alone: bool = False
-    sampler: str = "renoise"
     timesteps: dict[int, tuple[int, ...]] = field(default_factory=dict)
     default_steps: int = 0
     guidance: float = 1.0

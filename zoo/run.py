@@ -30,6 +30,7 @@ from . import compiled, deepspeed, optimizers, sharding
 from .data.ahead import Ahead
 from .data.cache import Storage
 from .denoiser import CALLS
+from .energy import Meter
 from .errors import UserError
 
 # What may differ between a run and its resumption; everything else is part of what the run *is*.
@@ -204,6 +205,8 @@ class Run:
         self.elapsed = 0.0                   # seconds of training, over all resumptions
         self.calls = 0                       # network calls of training, over all ranks and resumptions (denoiser.Calls)
         self._seen, self._opened = CALLS.total, time.perf_counter()
+        self.meter = Meter(self.device, cpu=self.accelerator.is_local_main_process)
+        self.energy: dict = {}               # of all ranks together, known after the last step: see _energy
         self.best = (math.inf, -1)           # (score, step)
         self.watcher = None
         self._stop: int | None = None
@@ -295,8 +298,10 @@ class Run:
             self._settle()
 
     def minimize(self, trainee: Trainee, loss: Callable[[Batch], dict], data) -> dict:
-        """One optimiser step of `trainee` on loss(batch)["loss"], over the micro-batches; the other trainees are constants."""
-        self.tick += 1
+        """One optimiser step of `trainee` on loss(batch)["loss"], over the micro-batches; the other trainees are constants.
+
+        data: from `model.batches`, or a list of micro-batches of this step that another loss has seen."""
+        self.tick += not isinstance(data, list)
         logged: dict[str, Tensor] = {}
         with self.only(trainee):
             for batch in self.micro_batches(data):
@@ -363,6 +368,9 @@ class Run:
     def micro_batches(self, data) -> Iterator[Batch]:
         """This rank's micro-batches of the current global batch."""
         cfg = self.cfg
+        if isinstance(data, list):
+            yield from data
+            return
         for micro in range(cfg.accumulate):
             now = data, self.tick, micro
             later = data, self.tick + (micro + 1) // cfg.accumulate, (micro + 1) % cfg.accumulate
@@ -414,6 +422,7 @@ class Run:
         estimate.refuse_if_too_large()
         if cfg.compile:
             compiled.networks(self)
+        self.meter.start()
         if self.resume_from:
             self.load(self.resume_from)
         elif self.calls:
@@ -442,6 +451,7 @@ class Run:
             if self.step != self._saved:
                 self.save()
             bar.close()
+            self.energy = self._energy()
             if self.watcher:
                 self.watcher.finish()
         finally:
@@ -491,11 +501,23 @@ class Run:
         self.calls += (CALLS.total - self._seen) * self.world
         self._seen = CALLS.total
 
+    def _energy(self) -> dict:
+        """{"joules", "of"} of all ranks since the first step, or {"why"} it is not known. All ranks call it."""
+        self.meter.read(at_once=True)
+        unknown, joules, of = float(bool(self.meter.why)), self.meter.joules, self.meter.of
+        if self.world > 1:
+            t = torch.tensor([unknown, joules], device=self.device, dtype=torch.float64)
+            torch.distributed.all_reduce(t)
+            unknown, joules = t.tolist()
+            of = [f"{self.world} GPUs" if name == "GPU" else name for name in of]
+        return {"why": self.meter.why or "another rank has no energy counter"} if unknown else {"joules": round(joules, 1), "of": of}
+
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
     def _housekeeping(self, bar):
         cfg = self.cfg
+        self.meter.read()
         if self.step == 1 or self._due(cfg.log_every):
             means = {k: torch.stack([v.cpu() for v in vs]).mean().item() for k, vs in self._logged.items()}
             self._logged.clear()
@@ -546,7 +568,7 @@ class Run:
     def save(self):
         """Checkpoint, written beside and renamed: a kill at any moment leaves the previous one or this one, whole."""
         self._saved = self.step
-        files = self._tensors()
+        files, energy = self._tensors(), self._energy()
         if self.rank == 0:
             root = self.out / "checkpoints"
             final, temp = root / f"step-{self.step:07d}", root / f".writing-{self.step:07d}"
@@ -555,7 +577,7 @@ class Run:
                 temp.mkdir(parents=True)
                 for name, tensors in files.items():
                     save_tensors(tensors, temp / name)
-                state = {"step": self.step, "tick": self.tick, "elapsed": self.elapsed, "calls": self.calls, "best": self.best,
+                state = {"step": self.step, "tick": self.tick, "elapsed": self.elapsed, "calls": self.calls, "joules": energy.get("joules"), "best": self.best,
                          "updates": {n: t.updates for n, t in self.trainees.items()}, "history": self._history,
                          "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                          "watcher": self.watcher.state() if self.watcher else None}
@@ -597,6 +619,7 @@ class Run:
         state = json.loads((folder / "state.json").read_text())
         self.step, self.tick, self.elapsed = state["step"], state["tick"], state["elapsed"]
         self.calls = state.get("calls", 0)
+        self.meter.start(state.get("joules") if self.rank == 0 else 0.0)
         self.best, self._history = tuple(state["best"]), state["history"]
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

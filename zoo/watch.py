@@ -14,7 +14,7 @@ import torch
 from . import losses, metrics, rollout, sharding
 from .errors import UserError
 from .grid import grid
-from .health import Health, saturation
+from .health import Health, guidance_strength, saturation
 
 TEACHER_STEPS = 25
 PROMPTS, SEEDS = 16, 4
@@ -45,15 +45,17 @@ class FirstTimeZero:
 
 class Watcher:
     """Made by `Run.watch`. times: times the student is sampled at, noise to data, on the exported network's own path (a student seen
-    through a view is sampled at the times of equal angle); rule: see rollout.sample; two_time: the student is a two-time net, watched and exported through its r = 0 fold."""
+    through a view is sampled at the times of equal angle); rule: see rollout.sample; two_time: the student is a two-time net, watched and exported through
+    its r = 0 fold; follows_teacher: its target is the guided teacher (False: data, or a teacher whose guidance cancels), so that its guidance can be read off samples."""
 
     opened_by = "DiffusionPipeline.from_pretrained"
     cell = 64           # pixels of a picture in the grid
 
     def __init__(self, run, student, times, rule: str, two_time: bool = False, guidance: float = 1.0,
-                 guidance_range: tuple[float, float] | None = None, multiple_of: int = 1):
+                 guidance_range: tuple[float, float] | None = None, multiple_of: int = 1, follows_teacher: bool = True):
         from .hub.contract import contract_for
         self.run, self.student, self.rule, self.two_time, self.guidance = run, student, rule, two_time, guidance
+        self.follows_teacher = follows_teacher
         self.net = run.average(student, run.cfg.ema)
         base, process = getattr(student.net, "net", student.net).process, student.process
         self.base_times = torch.as_tensor(times, dtype=torch.float64)
@@ -111,7 +113,7 @@ class Watcher:
         # On the student's own noise: the grid's rows, and the ruler of the guidance health rule.
         half = self.half = max(1, len(self.examples.names) // self.seeds // 2) * self.seeds
         self.latents = self.teach(TEACHER_STEPS, half, self.examples)
-        self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 else None
+        self.guides = [self.teach(TEACHER_STEPS, half, self.examples, w) for w in (1.0, 0.0)] if model.guidance > 1 and self.follows_teacher else None
         if model.guidance != 1 and getattr(model.teacher, "guide", None) is None:      # another rule of guidance has no scale to read off
             self.warn(self.health.applied(run.step, *self._guided_once(), model.guidance))
         if hasattr(model, "pipe"):
@@ -178,6 +180,8 @@ class Watcher:
                        "saturation": saturation(pictures), **self.extra(x)}
         score = sum(r[self.distance_name] for r in rows.values()) / len(rows)
         values = {f"measure/{name}@{k}": v for k, r in rows.items() for name, v in r.items()}
+        readings = {k: self._reading(x) for k, x in latents.items()} if self.guides else {}
+        values |= {f"measure/guidance@{k}": r.value for k, r in readings.items() if r}
         run.log(values | {"measure/score": score})
         self.last = {"score": score, "step": run.step, "rows": rows}
         most = latents[max(latents)]
@@ -185,9 +189,14 @@ class Watcher:
         if self.space != "flat":
             self.warn(self.health.samples(run.step, by(most), self._by_prompt(self.reference)))
         if self.guides:
-            self.warn(self.health.guidance(run.step, *(self._by_prompt(x[: self.half]) for x in (most, self.latents, *self.guides)), run.model.guidance))
+            self.warn(self.health.guidance(run.step, list(readings.values()), run.model.guidance))
         self.keep(score)
         return score
+
+    def _reading(self, latents):
+        """The guidance that a step count's samples look like (health.Reading), or None."""
+        four = (self._by_prompt(x[: self.half]) for x in (latents, self.latents, *self.guides))
+        return guidance_strength(*four, self.run.model.guidance)
 
     def extra(self, latents) -> dict[str, float]:
         """Further measures of n samples, for the log and the table."""
@@ -298,7 +307,8 @@ class Watcher:
         if run.rank:
             return
         facts |= {"samples": self.n, "exported_step": step, "score": run.best[0], "seconds": run.elapsed, "steps": run.step, "calls": run.calls,
-                  "trained": {n: sum(p.numel() for p in t.params.values()) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device)}
+                  "trained": {n: sum(p.numel() for p in t.params.values()) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device),
+                  "energy": run.energy}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
         facts |= {"method": run.cfg.method, "config": run.describe(), "contract": self.contract, "lora": run.cfg.lora,
                   "command": command(run.cfg.method), "device": device_name(run.device), "chain": chain(run.cfg.init_student)}

@@ -1,11 +1,17 @@
-"""What the leaderboard looks like: CSV, tables, plot and pictures, all made from the entries of a board (see run.Board)."""
+"""What the leaderboard looks like: CSV, tables, plot and pictures, all made from the entries of a board (see run.Board).
+
+    python benchmarks/leaderboard/pages.py        # all of it again from the rows that are there, without training or measuring"""
 from __future__ import annotations
 
 import csv
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
+
+HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
 
 METRICS = ("kid_efflite0", "kid_low", "kid_high", "kid_teacher", "precision", "recall", "density", "coverage", "agreement", "diversity", "ode_error")
 COST = ("training_steps", "training_calls", "training_seconds", "budget_used", "peak_memory_gb", "parameters", "trained_parameters")
@@ -67,35 +73,111 @@ def show(value: tuple | None, digits: int = 0, scale: float = 1.0) -> str:
     return f"{mean * scale:.{digits}f}" + ("" if spread is None else f" ± {spread * scale:.{digits}f}")
 
 
+def shown(value: tuple | None) -> str:
+    """A distance: whole, or with one digit where it is small."""
+    return show(value, 0 if value is None or abs(value[0]) >= 10 else 1)
+
+
+def early(group: list[dict]) -> bool:
+    """Whether a student's training ended at its script's own --steps, before the budget was spent."""
+    return bool(group[0]["budget_used"]) and group[0]["budget_used"][0] < 0.95
+
+
+def legend(groups: list[list[dict]]) -> list[str]:
+    """What the star says, of those that have one."""
+    spent = {g[0]["who"]: f"{g[0]['training_calls'][0]:,.0f} calls" for g in groups if early(g)}
+    return ["", "\\* reached its script's own `--steps` before the budget was spent (" + ", ".join(f"{who}: {n}" for who, n in spent.items()) + ")."] if spent else []
+
+
+def budget(facts: dict) -> str:
+    return f"{facts['max_calls']:,} network calls" if facts["max_calls"] else f"{facts['time_budget']:g} s"
+
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def seeds(entries: list[dict]) -> str:
+    """How many seeds the trained students have: "two seeds", or "one to three seeds" while some are missing."""
+    found: dict[str, set] = {}
+    for e in entries:
+        if e["kind"] == "method" and any("error" not in r for r in e["rows"]):
+            found.setdefault(e["who"], set()).add(e["seed"])
+    counts = sorted({len(s) for s in found.values()}) or [0]
+    word = lambda n: NUMBERS[n] if n < len(NUMBERS) else str(n)
+    return " to ".join(map(word, dict.fromkeys((counts[0], counts[-1])))) + (" seed" if counts[-1] == 1 else " seeds")
+
+
+def machine(facts: dict) -> str:
+    return re.sub(r"^1 threads", "1 thread", facts["hardware"])
+
+
+def cost(entries: list[dict]) -> str:
+    """What a student's training took: the middle half, because single runs waited for other work of the machine."""
+    took = [e["job"]["training_seconds"] for e in entries if e["kind"] == "method" and e["job"]]
+    if len(took) < 4:
+        return ""
+    low, _, high = statistics.quantiles(took, n=4, method="inclusive")
+    return f"half of the trainings took {low:.0f} to {high:.0f} s"
+
+
+def against_solvers(students: list[list[dict]], calls: int = 4) -> str:
+    """Students at `calls` network calls beside the training-free solvers at the fewest calls these have. Level: their difference is
+    within the 95 % interval, or within the spread over seeds where that is larger."""
+    solvers = [g[0] for g in students if g[0]["kind"] == "solver"]
+    if not solvers:
+        return ""
+    least = min(r["calls"] for r in solvers)
+    kids = [r["kid_efflite0"][0] for r in solvers if r["calls"] == least]
+    found: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
+    for g in students:
+        for r in g:
+            if g[0]["kind"] == "method" and r["calls"] == calls:
+                kid, spread = r["kid_efflite0"]
+                room = max(spread or 0.0, (r["kid_high"][0] - r["kid_low"][0]) / 2)
+                found["ahead" if kid + room < min(kids) else "behind" if kid - room > max(kids) else "level"].append(g[0]["who"] + " (jump)" * (g[0]["sampler"] == "jump"))
+    told = "; ".join(f"{word}: {', '.join(sorted(who)) or 'none'}" for word, who in found.items())
+    return f"Students at {calls} calls beside {' and '.join(sorted({r['who'] for r in solvers}))} at {least} ({' and '.join(f'{k:.0f}' for k in sorted(kids))}): {told}."
+
+
+def by_calls(students: list[list[dict]], key: str, label) -> list[str]:
+    """Lines of a table: one metric at a number of network calls."""
+    lines = ["| model | family | sampler | 1 | 2 | 4 | 8 | more |", "|---|---|---|---|---|---|---|---|"]
+    for g in students:
+        at = {r["calls"]: shown(r[key]) for r in g}
+        more = ", ".join(f"{v} at {k}" for k, v in at.items() if v and k not in (1, 2, 4, 8))
+        family = g[0]["family"] or {"teacher": "baseline", "solver": "training-free solver", "untrained": "the student before training"}[g[0]["kind"]]
+        lines.append(f"| {label(g)} | {family} | {g[0]['sampler']} | " + " | ".join(at.get(k, "") for k in (1, 2, 4, 8)) + f" | {more} |")
+    return lines
+
+
 def markdown(entries: list[dict], facts: dict) -> str:
     """The tables of one board."""
     rows = average(flat(entries))
     students = by_student(rows)
     names = {s: sum(1 for g in students if g[0]["who"] == s) for s in {g[0]["who"] for g in students}}
-    label = lambda g: f"{g[0]['who']} ({g[0]['sampler']})" if names[g[0]["who"]] > 1 else g[0]["who"]
-    budget = f"{facts['max_calls']:,} network calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training"
-    seeds = sorted({e["seed"] for e in entries if e["seed"] is not None})
-    lines = [f"### {facts['teacher']}, {budget}", "",
-             f"{facts['samples']} samples a row, seeds {', '.join(map(str, seeds)) or 'none'} (mean ± spread over them), teacher at guidance {facts.get('guidance', 1):g}"
-             f" in {facts.get('precision', 'float32')}, reference {facts['reference_steps']} steps; {facts['hardware']}." + (f" Flags of every script: `{facts['flags']}`." if facts["flags"] else ""),
-             "", "`kid_efflite0` to real images, at a number of network calls:", "",
-             "| model | family | sampler | 1 | 2 | 4 | 8 | more |", "|---|---|---|---|---|---|---|---|"]
-    for g in students:
-        at = {r["calls"]: show(r["kid_efflite0"]) for r in g}
-        more = ", ".join(f"{v} at {k}" for k, v in at.items() if k not in (1, 2, 4, 8))
-        family = g[0]["family"] or {"teacher": "baseline", "solver": "training-free solver", "untrained": "the student before training"}[g[0]["kind"]]
-        lines.append(f"| {g[0]['who']} | {family} | {g[0]['sampler']} | " + " | ".join(at.get(k, "") for k in (1, 2, 4, 8)) + f" | {more} |")
+    plain = lambda g: g[0]["who"] + "*" * early(g)
+    label = lambda g: (f"{g[0]['who']} ({g[0]['sampler']})" if names[g[0]["who"]] > 1 else g[0]["who"]) + "*" * early(g)
+    numbers = sorted({e["seed"] for e in entries if e["seed"] is not None})
+    lines = [f"### {facts['teacher']}, {budget(facts)}{'' if facts['max_calls'] else ' of training'}", "",
+             f"{facts['samples']} samples a row, {seeds(entries)} ({', '.join(map(str, numbers)) or 'none'}{'; mean ± spread over them' * (len(numbers) > 1)}), teacher at guidance {facts.get('guidance', 1):g}"
+             f" in {facts.get('precision', 'float32')}, reference {facts['reference_steps']} steps; {machine(facts)}." + (f" Flags of every script: `{facts['flags']}`." if facts["flags"] else "")]
+    if spent := cost(entries):
+        lines[-1] += f" {spent[0].upper()}{spent[1:]}."
+    lines += ["", "`kid_efflite0` to real images, at a number of network calls:", "", *by_calls(students, "kid_efflite0", plain)]
+    if told := against_solvers(students):
+        lines += ["", told]
+    taught = [g for g in students if any(r["kid_teacher"] is not None for r in g)]
+    if taught:
+        lines += ["", "`kid_teacher`, the same distance to the teacher's own samples:", "", *by_calls(taught, "kid_teacher", plain)]
     own = "class accuracy" if facts["teacher"] == "fashion" else "retrieval@5"
-    lines += ["", "Each where it is best:", "",
+    lines += ["", "Each where it is nearest to real images:", "",
               f"| model | calls | to real | to teacher | precision | recall | coverage | {own} | diversity | ODE error | steps | Mcalls | seconds | peak GB | M trained |", "|" + "---|" * 15]
     for g in students:
         r = min(g, key=lambda r: r["kid_efflite0"][0])
-        mark = "*" if r["budget_used"] and r["budget_used"][0] < 0.95 else ""
         error = next((x["ode_error"] for x in g if x["ode_error"] is not None), None)
-        lines.append(f"| {label(g)}{mark} | {r['calls']} | {show(r['kid_efflite0'])} | {show(r['kid_teacher'])} | " + " | ".join(show(r[k], 2) for k in ("precision", "recall", "coverage", "agreement", "diversity"))
+        lines.append(f"| {label(g)} | {r['calls']} | {shown(r['kid_efflite0'])} | {shown(r['kid_teacher'])} | " + " | ".join(show(r[k], 2) for k in ("precision", "recall", "coverage", "agreement", "diversity"))
                      + f" | {show(error, 2) if g[0]['kind'] != 'method' or g[0]['family'] == 'trajectory' else ''} | {show(r['training_steps'])} | {show(r['training_calls'], 2, 1e-6)} | {show(r['training_seconds'])} | {show(r['peak_memory_gb'], 2)} | {show(r['trained_parameters'], 2, 1e-6)} |")
-    if any("*" in line.split("|")[1] for line in lines if line.startswith("| ")):
-        lines += ["", "\\* reached its script's own `--steps` before the budget was spent."]
+    lines += legend(students)
     warned = sorted({(e["who"], w) for e in entries for w in (e["job"] or {}).get("warnings", [])})
     failed = [(e["who"], e["seed"], e["error"]) for e in entries if "error" in e]
     failed += [(e["who"], e["seed"], f"{r['steps']} steps: {r['error']}") for e in entries for r in e["rows"] if "error" in r]
@@ -125,16 +207,23 @@ def short(entries: list[dict], facts: dict, top: int = 24) -> str:
     students = sorted((g for g in students if g), key=lambda g: min(r["kid_efflite0"][0] for r in g))[:top]
     teacher = [r for r in average(flat(entries)) if r["kind"] == "teacher"]
     lines = [f"`kid_efflite0` to real images ({facts['teacher']}, lower is better) by number of network calls; every method with the same teacher, noise and "
-             + (f"{facts['max_calls']:,} network calls" if facts["max_calls"] else f"{facts['time_budget']:g} s") + " of training:", "", "| model | 1 | 2 | 4 |", "|---|---|---|---|"]
+             f"{budget(facts)} of training, {seeds(entries)}:", "", "| model | 1 | 2 | 4 |", "|---|---|---|---|"]
     for g in students:
         at = {r["calls"]: show(r["kid_efflite0"]) for r in g}
-        who = g[0]["who"] + (" (by its own two-time rule)" if g[0]["sampler"] == "jump" else "")
+        who = g[0]["who"] + "*" * early(g) + (" (by its own two-time rule)" if g[0]["sampler"] == "jump" else "")
         lines.append(f"| {who} | " + " | ".join(at.get(k, "") for k in (1, 2, 4)) + " |")
+    lines += legend(students)
     solvers = [r for r in average(flat(entries)) if r["kind"] == "solver"]
     if solvers:
         lines += ["", "Without training: " + ", ".join(f"{r['who']} {show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(solvers, key=lambda r: (r["who"], r["calls"]))) + "."]
     lines += ["", "The teacher: " + ", ".join(f"{show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(teacher, key=lambda r: -r["calls"])) + ". [All of it](benchmarks/leaderboard/README.md)."]
     return "\n".join(lines)
+
+
+def so_far(boards: list[tuple[str, list[dict], dict]]) -> str:
+    """What stands behind the short tables: seeds, and what the budget was in seconds."""
+    told = [f"{seeds(rows)} on {facts['teacher']}" + (f" ({spent})" if (spent := cost(rows)) else "") for _, rows, facts in boards]
+    return f"So far: {', '.join(told)}; {' and '.join(sorted({machine(facts) for *_, facts in boards}))}, beside other work."
 
 
 def between(path: Path, name: str, text: str) -> bool:
@@ -240,24 +329,56 @@ def plot(entries: list[dict], facts: dict, path: Path, named: int = 12) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------- all of it
+def credit(teacher: str) -> str:
+    """The notice that goes with pictures of a teacher's set, as the cards of its students have it."""
+    from zoo.hub.card import BUILT_IN
+    return BUILT_IN[teacher][2]
+
+
+def known(here: Path) -> list[tuple[str, list[dict], dict]]:
+    """(folder, entries, facts) of every board of a folder."""
+    return [(path.parent.name, [json.loads(p.read_text()) for p in sorted((path.parent / "rows").glob("*.json"))], json.loads(path.read_text()))
+            for path in sorted(here.glob("*/board.json"))]
+
+
+def tables(here: Path) -> dict[tuple[str, str], str]:
+    """What stands between the markers: (page from the clone's root, name of the markers) -> text."""
+    boards = known(here)
+    full = "\n\n".join(f"{markdown(rows, facts)}\n\n![quality against calls]({name}/plot.png)\n\n![samples]({name}/samples.png)\n\n{credit(facts['teacher'])}"
+                       for name, rows, facts in boards)
+    brief = "\n\n".join([*(short(rows, facts) for _, rows, facts in boards), so_far(boards)])
+    page = "benchmarks/leaderboard/README.md"
+    return {(page, "leaderboard"): full, (page, "papers"): papers(boards[0][1], here), ("README.md", "leaderboard"): brief}
+
+
+def draw(folder: Path, entries: list[dict], facts: dict, work: Path):
+    """CSV, picture and plot of one board."""
+    table(entries, folder / "leaderboard.csv")
+    if not any(r for e in entries for r in e["rows"] if "error" not in r):
+        return
+    picture(entries, work, folder / "samples.png")
+    if not plot(entries, facts, folder / "plot.png"):
+        print('no plot: pip install -e ".[bench]" brings matplotlib')
+
+
 def publish(board, work: Path, here: Path, root: Path):
     """Everything that is made from a board's entries. Tables go into the README files when the board is one of this folder's, else
     into table.md beside its rows."""
     entries = board.entries()
-    table(entries, board.folder / "leaderboard.csv")
-    if not any(r for e in entries for r in e["rows"] if "error" not in r):
-        return
-    picture(entries, work, board.folder / "samples.png")
-    if not plot(entries, board.facts, board.folder / "plot.png"):
-        print('no plot: pip install -e ".[bench]" brings matplotlib')
-    if board.folder.resolve().parent != here:
+    draw(board.folder, entries, board.facts, work)
+    if board.folder.resolve().parent == here:
+        for (page, name), text in tables(here).items():
+            between(root / page, name, text)
+    elif any(r for e in entries for r in e["rows"] if "error" not in r):
         (board.folder / "table.md").write_text(markdown(entries, board.facts) + "\n", encoding="utf-8")
-        return
-    boards = []
-    for folder in sorted(p.parent for p in here.glob("*/board.json")):
-        rows = [json.loads(p.read_text()) for p in sorted((folder / "rows").glob("*.json"))]
-        boards.append((folder.name, rows, json.loads((folder / "board.json").read_text())))
-    text = "\n\n".join(f"{markdown(rows, facts)}\n\n![quality against calls]({name}/plot.png)\n\n![samples]({name}/samples.png)" for name, rows, facts in boards)
-    between(here / "README.md", "leaderboard", text)
-    between(here / "README.md", "papers", papers(boards[0][1], here))
-    between(root / "README.md", "leaderboard", "\n\n".join(short(rows, facts) for _, rows, facts in boards))
+
+
+def main():
+    for name, entries, facts in known(HERE):
+        draw(HERE / name, entries, facts, ROOT / "outputs/leaderboard" / name)
+    for (page, name), text in tables(HERE).items():
+        between(ROOT / page, name, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,15 @@
 """Put a run's student into the package: weights in half precision, everything else as it was exported, the card rendered again.
 
     python benchmarks/students/ship.py outputs/dmd-emoji/student dmd.emoji-4step
+    python benchmarks/students/ship.py outputs/dmd-emoji/student dmd.emoji-4step --compare     # ships nothing
 
-Writes zoo/assets/students/<name>/ and says by how much halving the weights changed its pictures on one noise (range [0, 1]). The row of
-the registry (`zoo/registry.py`, OURS) is written by hand; `python -m zoo.hub.model_cards` makes the page of model_cards/."""
+Writes zoo/assets/students/<name>/, and into shipped.json here by how much halving the weights changed its pictures: greatest and mean
+difference, range [0, 1], of eight pictures on one noise at every step count; --compare writes that alone. The row of the registry
+(`zoo/registry.py`, OURS) is written by hand; `python -m zoo.hub.model_cards` makes the page of model_cards/, and
+`python benchmarks/quickstart/run.py` measures the student as it lies in the package."""
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -15,17 +19,38 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
+LOG = Path(__file__).resolve().parent / "shipped.json"
+COMPARED = 8
 sys.path.insert(0, str(ROOT))
 
 
-def pictures(folder: Path, contract):
+def fingerprint(folder: Path) -> str:
+    """Of a student's weights."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.rglob("*.safetensors")))).hexdigest()[:12]
+
+
+def pictures(folder: Path, contract, prompts: list[str]):
     """[N, H, W, C] of one fixed noise at every step count."""
     import numpy as np
     from diffusers import ConsistencyModelPipeline, DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
-    what = {"class_labels": [1]} if isinstance(pipe, ConsistencyModelPipeline) else {"prompt": "fluent red heart", "guidance_scale": contract.guidance}
+    classes = isinstance(pipe, ConsistencyModelPipeline)
+    what = {"batch_size": COMPARED, "class_labels": list(range(COMPARED))} if classes else {"prompt": prompts, "guidance_scale": contract.guidance}
     return {k: np.asarray(pipe(**what, num_inference_steps=k, generator=torch.Generator().manual_seed(0), output_type="np").images) for k in contract.steps}
+
+
+def compare(source: Path, target: Path, name: str) -> dict:
+    """Keep in the log, and return, how far the shipped weights' pictures are from those of the exported ones."""
+    from zoo.hub.record import RECORD, read_record
+    contract, _ = read_record(target)
+    prompts = json.loads((target / RECORD).read_text())["card"].get("prompts", [])[:COMPARED]
+    before, after = pictures(source, contract, prompts), pictures(target, contract, prompts)
+    changed = {str(k): {"max": round(float(abs(before[k] - after[k]).max()), 4), "mean": round(float(abs(before[k] - after[k]).mean()), 5)} for k in sorted(before)}
+    row = {"weights": fingerprint(target), "exported_weights": fingerprint(source), "pictures": len(after[contract.steps[0]]), "changed": changed}
+    log = json.loads(LOG.read_text()) if LOG.exists() else {}
+    LOG.write_text(json.dumps(dict(sorted((log | {name: row}).items())), indent=1) + "\n")
+    return row
 
 
 def draw(folder: Path, teacher: str):
@@ -61,7 +86,7 @@ def draw(folder: Path, teacher: str):
 def main(source: Path, name: str):
     from zoo.hub.card import refresh
     from zoo.hub.record import RECORD, read_record
-    contract, record = read_record(source)
+    _, record = read_record(source)
     target = ROOT / "zoo" / "assets" / "students" / name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
@@ -75,13 +100,15 @@ def main(source: Path, name: str):
         save_file(halved, path, metadata={"format": "pt"})
     draw(target, json.loads((target / RECORD).read_text())["student"]["teacher"])
     refresh(target)
-    before, after = pictures(source, contract), pictures(target, contract)
-    for k in before:
-        print(f"{k} steps: pictures changed by at most {abs(before[k] - after[k]).max():.4f}")
+    print(json.dumps(compare(source, target, name)))
     print(f"{target}: {sum(p.stat().st_size for p in target.rglob('*') if p.is_file()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    words = [w for w in sys.argv[1:] if w != "--compare"]
+    if len(words) != 2:
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2])
+    if "--compare" in sys.argv:
+        print(json.dumps(compare(Path(words[0]), ROOT / "zoo" / "assets" / "students" / words[1], words[1])))
+    else:
+        main(Path(words[0]), words[1])

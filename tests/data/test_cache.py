@@ -124,7 +124,7 @@ def test_many_runs_stay_within_the_limit_and_what_went_longest_unused_is_gone(tm
             kept.put({key: {"prompt": value + run}})
             assert kept.waiting_bytes < 16 * 1024 and len(kept.open) <= 8
         kept.flush()
-        for file in kept.files & kept.touched:                       # those this run wrote: as old as the run
+        for file in kept.files & kept.touched.keys():                       # those this run wrote: as old as the run
             os.utime(kept.folder / file, (clock[0], clock[0]))
         assert held() <= limit and not kept.full
         assert all(torch.equal(v["prompt"], value + run) for v in kept.get(first).values()) and len(kept.get(first)) == 600 and len(kept.open) <= 8

@@ -43,8 +43,8 @@ def shards(folder, lengths, **options):
 # ------------------------------------------------------------------------------------------------ what --data may say
 def test_options_after_the_question_mark(tmp_path):
     assert specs.parse("user/name:train") == specs.Spec("user/name:train")
-    known = specs.parse("user/name?caption=TEXT&image=jpg&stream=no&buffer=7&buckets=yes&fps=12.5")
-    assert known == specs.Spec("user/name", caption="TEXT", image="jpg", stream=False, buffer=7, buckets=True, fps=12.5)
+    known = specs.parse("user/name?caption=TEXT&image=jpg&stream=yes&buffer=7&buckets=yes&fps=12.5")
+    assert known == specs.Spec("user/name", caption="TEXT", image="jpg", stream=True, buffer=7, buckets=True, fps=12.5)
     odd = tmp_path / "what?a=b.txt"
     odd.write_text("x")
     assert specs.parse(odd).place == str(odd)                   # a file of that name is a file

@@ -1,10 +1,11 @@
 """Every way a push goes wrong, with the real client: what the user is told, and that nothing was lost.
 
 {LFS, Xet} x {student, lora, pipeline with its own scheduler, card, dataset} x the rows below. `NOT_RUN` lists the cells that would repeat
-another one request for request."""
+another one request for request; `python benchmarks/hub/matrix.py` runs all and writes the log."""
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent)]
-from clients import KINDS, Client, folder, same_files, whole
+from clients import KINDS, ROOT, Client, folder, same_files, whole
 from loopback import LARGE, Loopback
 
 PATIENCE = 120        # seconds that a loaded machine may take to get somewhere; nothing is measured in time
@@ -230,13 +231,20 @@ def _(c):
     assert c.hub.secrets == [] and len(c.hub.log) == requests
 
 
+def all_cells() -> list[tuple[str, str, str]]:
+    return [(storage, kind, name) for storage in ("lfs", "xet") for kind in KINDS for name in ROWS]
+
+
+def not_run(storage: str, kind: str, name: str) -> str:
+    """Why a cell is not run; empty when it is."""
+    return NOT_RUN.get((storage, kind)) or NOT_RUN.get((storage, name)) or ""
+
+
 def cells():
-    for storage in ("lfs", "xet"):
-        for kind in KINDS:
-            for name in ROWS:
-                if (storage, kind) not in NOT_RUN and (storage, name) not in NOT_RUN:
-                    slow = () if (storage, kind, name) in FAST else pytest.mark.slow
-                    yield pytest.param(storage, kind, name, marks=slow, id=f"{storage}-{kind}-{name.replace(' ', '_')}")
+    for storage, kind, name in all_cells():
+        if not not_run(storage, kind, name):
+            slow = () if (storage, kind, name) in FAST else pytest.mark.slow
+            yield pytest.param(storage, kind, name, marks=slow, id=f"{storage}-{kind}-{name.replace(' ', '_')}")
 
 
 @pytest.mark.parametrize("storage, kind, name", cells())
@@ -248,6 +256,16 @@ def test_push(tmp_path, storage, kind, name):
 
 
 def test_every_cell_is_run_or_listed():
-    total = 2 * len(KINDS) * len(ROWS)
-    listed = sum((s, k) in NOT_RUN or (s, r) in NOT_RUN for s in ("lfs", "xet") for k in KINDS for r in ROWS)
-    assert len(ROWS) == 13 and len(list(cells())) == total - listed == 97
+    assert len(ROWS) == 13 and len(all_cells()) == 130 and len(list(cells())) == 97
+
+
+def test_the_log_of_the_whole_matrix_is_of_these_cells():
+    """benchmarks/hub/matrix.json: every cell of today with its state, none failed, and less than three minutes for all of them."""
+    log = json.loads((ROOT / "benchmarks" / "hub" / "matrix.json").read_text())
+    wanted = {f"{s} / {k} / {r}": not_run(s, k, r) for s, k, r in all_cells()}
+    again = "run: python benchmarks/hub/matrix.py"
+    assert log["cells"].keys() == wanted.keys(), again
+    for cell, reason in wanted.items():
+        found = log["cells"][cell]
+        assert found == {"state": "meaningless", "why": reason} if reason else found["state"] == "passed" and 0 < found["seconds"] < 60, (cell, found, again)
+    assert log["states"] == {"passed": 97, "meaningless": 33} and sum(c.get("seconds", 0) for c in log["cells"].values()) <= log["seconds"] < log["limit"] == 180

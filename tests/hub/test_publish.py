@@ -126,6 +126,95 @@ def test_a_non_commercial_base_is_found_on_the_hub(tmp_path):
         assert "url" in me.push(made, "me/thing")
 
 
+def with_base(made: Path, base: str = "big/teacher") -> Path:
+    text = (made / "README.md").read_text()
+    (made / "README.md").write_text(text.replace("license: mit", f"license: mit\nbase_model: {base}\nbase_model_relation: finetune"))
+    return made
+
+
+def test_a_hub_that_is_busy_is_no_word_on_the_licence(tmp_path):
+    """429 and 503 at the base's card are waited for, and what it forbids is found; a Hub that stays away stops the push before anything is made."""
+    made = with_base(folder("student", tmp_path / "mine"))
+    with Loopback() as hub:
+        hub.make("models/big/teacher")
+        hub.write("models/big/teacher", "README.md", b"---\nlicense: cc-by-nc-4.0\n---\n")
+        me, where = Client(hub, tmp_path / "a"), "/api/models/big/teacher$"
+        hub.fault(where, status=429, headers={"Retry-After": "7"})
+        hub.fault(where, status=503)
+        result = me.push(made, "me/thing")
+        assert "a student inherits it" in result["error"] and result["waits"][0] == 8 and len(result["waits"]) == 2
+        for fault, words in (({"status": 429}, "asked to come back later (429)"), ({"status": 503}, "(503)"), ({"drop": "before"}, "connection to the Hub broke")):
+            down = hub.fault(where, times=99, **fault)
+            assert words in me.push(made, "me/thing")["error"] and "models/me/thing" not in hub.repos
+            down.times = 0
+
+
+def test_a_base_that_is_not_seen_is_said(tmp_path):
+    made = with_base(folder("student", tmp_path / "mine"), "big/hidden")
+    with Loopback() as hub:
+        hub.make("models/big/hidden", private=True)
+        out, err = Client(hub, tmp_path / "a").begin(made, "me/thing").communicate(timeout=300)
+        assert '"url"' in out and "note: big/hidden is not seen with this login (404): its licence was not compared" in err
+
+
+@pytest.mark.slow
+def test_a_lora_is_sampled_on_its_base_and_a_pipeline_by_itself(tmp_path):
+    """Both are pushed, downloaded and sampled by a fresh process: the LoRA on the teacher of the package, on one in the client's cache, or
+    not at all, which is said; one that fits no layer of its base is found."""
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import load_file, save_file
+    base = tiny.tiny_sd(tmp_path / "teacher")
+    model = load(str(base))
+    net = model.make("student", lora=2)
+    whole_student = export_student(model, net, tmp_path / "student", contract_for(model, (1.0, 0.5)), lora_rank=2,
+                                   extra=lambda f: write_card(f, model, {"method": "dmd"}))
+    lora = stage.lora_folder(whole_student, tmp_path / "lora")
+    assert verify._folder(lora) == ([], "its card names no base model of the Hub")          # a folder of this machine is no base for others
+    with_base(lora, "me/base")
+    text = (lora / "README.md").read_text()
+    (lora / "README.md").write_text(re.sub("license: .*", "license: mit", text) if "base_model: me/base" in text else
+                                    re.sub("^license: .*$", "license: mit\nbase_model: me/base\nbase_model_relation: adapter", text, count=1, flags=re.M))
+    shutil.copytree(base, tmp_path / "plain")
+    (tmp_path / "plain" / "README.md").write_text("---\nlicense: mit\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [x]\n---\n")
+    script = "from huggingface_hub import snapshot_download\nprint(snapshot_download('me/base'))"
+    with Loopback() as hub:
+        for name in ("push", "load"):
+            (tmp_path / name).mkdir()
+        assert "/commit/" in python(PUSH, tmp_path / "plain", "me/base", hub=hub, home=tmp_path / "push")          # a pipeline: samples
+
+        def push_lora(folder, name):
+            done = subprocess.run([sys.executable, "-c", PUSH, str(folder), name], env=environment(hub, tmp_path / "push"), cwd=tmp_path, capture_output=True,
+                                  text=True, timeout=300)
+            return done.stdout + done.stderr
+        said = push_lora(lora, "me/lora")
+        assert "/commit/" in said and "note: me/lora was not sampled: it is a LoRA of me/base, which is not in this machine's cache" in said
+        python(script, hub=hub, home=tmp_path / "push")
+        said = push_lora(lora, "me/other")
+        assert "/commit/" in said and "not sampled" not in said, said
+        weights = lora / "pytorch_lora_weights.safetensors"
+        state, metadata = load_file(weights), {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 2}'}
+        save_file({k.replace("down_blocks", "elsewhere").replace("up_blocks", "elsewhere").replace("mid_block", "elsewhere"): v for k, v in state.items()}, weights, metadata)
+        said = push_lora(lora, "me/wrong")
+        assert "was pushed" in said and ("none of its layers" in said or "do not open it" in said), said
+    assert snapshot_download                                                              # the name above is the client's
+
+
+@pytest.mark.slow
+def test_a_lora_of_the_packages_teacher_is_sampled(tmp_path):
+    model = load("emoji")
+    student = export_student(model, model.make("student", lora=2), tmp_path / "student", contract_for(model, (1.0, 0.5)), lora_rank=2,
+                             extra=lambda f: write_card(f, model, {"method": "dmd"}))
+    assert verify._folder(stage.lora_folder(student, tmp_path / "lora")) == ([], "")
+
+
+def test_a_pipeline_that_is_given_more_than_words_is_not_sampled_and_says_so(tmp_path, monkeypatch):
+    made = folder("lora", tmp_path / "mine")
+    (made / "fewstep.json").write_text(json.dumps(json.loads((folder("student", tmp_path / "other") / "fewstep.json").read_text())
+                                                  | {"student": {"family": "custom", "teacher": "x", "slot": None, "lora_rank": 4}}))
+    found, why = verify._folder(made)
+    assert found == [] and why == "no stock pipeline opens a student of the custom family"
+
+
 @pytest.mark.slow
 def test_a_student_that_does_not_open_is_said_to_be_so(student, tmp_path):
     """Whole and pushed, but its weights are not those of its configuration: found by the fresh process, and not tagged."""
@@ -155,14 +244,31 @@ def test_bad_card_or_folder_is_refused_before_any_request(student, tmp_path):
     ("unet/model.bin", b"x", "unet/model.bin is a pickle"), ("w.pt", b"x", "w.pt is a pickle"),
     ("w.safetensors", b"PK\x03\x04 and what a zipped pickle holds", "w.safetensors is a pickle under another name"),
     ("w.safetensors", b"\x08\0\0\0\0\0\0\0{       ", "w.safetensors is not a whole safetensors file"),
-    ("pipeline.py", b"x = 1", "pipeline.py is code"), ("run.json", b'{"a": "hf_abcdefghijklmnop"}', "run.json holds an access token")])
-def test_what_must_not_leave(tmp_path, monkeypatch, name, data, complaint):
+    ("pipeline.py", b"x = 1", "pipeline.py is code"), ("run.json", b'{"a": "hf_abcdefghijklmnop"}', "run.json holds an access token"),
+    ("train.log", b"HF_TOKEN=hf_abcdefghijklmnop\n", "train.log holds an access token"), ("NOTICE", b"hf_oauth_abcdefghijklmnop", "NOTICE holds an access token")])
+def test_what_must_not_leave(tmp_path, name, data, complaint):
     made = folder("student", tmp_path / "mine")
     (made / name).write_bytes(data)
     with pytest.raises(UserError, match=re.escape(complaint)) as said:
         push(made, "me/thing")
     assert "hf_abc" not in str(said.value)
     assert any(complaint in line for line in verify.verify(made))
+
+
+def test_a_token_in_the_metadata_of_weights_does_not_leave_and_a_word_is_no_token(tmp_path):
+    made = folder("student", tmp_path / "mine")
+    (made / "NOTICE").write_text("uploaded with hf_transfer, by hf_hub_download")
+    assert stage.problems(made) == []
+    safetensors(made / "unet" / "diffusion_pytorch_model.safetensors", "a", metadata={"command": "--token hf_abcdefghijklmnop"})
+    with pytest.raises(UserError, match="unet/diffusion_pytorch_model.safetensors holds an access token"):
+        push(made, "me/thing")
+
+
+@pytest.mark.parametrize("name, options, complaint", [("thing", {}, "give user/name"), ("a/b/c", {}, "give user/name"),
+                                                      ("me/thing", {"create_pr": True, "tag": "v1"}, "tag after the merge")])
+def test_what_cannot_be_asked_for_is_refused_before_any_request(tmp_path, name, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        push(folder("student", tmp_path / "mine"), name, **options)
 
 
 def test_the_token_in_use_does_not_leave_either(tmp_path, monkeypatch):
@@ -260,6 +366,55 @@ def test_parts_of_an_earlier_student_leave_with_the_push_that_replaces_it(tmp_pa
         assert len(repo.history()) == 4 and whole(hub, "models/me/thing", second)
         assert set(repo.tree()) == {*stage.files(second), "notes.txt", ".gitattributes"}
         assert whole(hub, "models/me/thing", first, repo.history()[2])               # the old version is still there, whole
+
+
+def test_weights_of_others_stay_where_no_student_was(tmp_path):
+    """A repository of somebody's LoRAs: the pushed student is added, and they stay."""
+    made = folder("student", tmp_path / "mine")
+    with Loopback() as hub:
+        hub.make("models/me/loras")
+        hub.write("models/me/loras", "styles/watercolour.safetensors", b"theirs", "me")
+        assert "url" in Client(hub, tmp_path / "a").push(made, "me/loras")
+        assert "styles/watercolour.safetensors" in hub.repos["models/me/loras"].tree() and whole(hub, "models/me/loras", made)
+
+
+@pytest.mark.slow
+def test_a_request_to_somebody_elses_repository(tmp_path):
+    """--create_pr where one may not write: a request with all files, nothing on main, and only where one may not push."""
+    made = folder("student", tmp_path / "mine")
+    with Loopback() as hub:
+        hub.make("models/other/thing")
+        me = Client(hub, tmp_path / "a")
+        assert "(403)" in me.push(made, "other/thing")["error"]
+        assert me.push(made, "other/thing", create_pr=True)["url"].endswith("/other/thing/discussions/1")
+        repo = hub.repos["models/other/thing"]
+        assert whole(hub, "models/other/thing", made, "refs/pr/1") and len(repo.history()) == 1
+
+
+@pytest.mark.slow
+def test_many_files_are_one_commit(tmp_path):
+    """A data set of 300 shards, beyond the 250 files at which the client's own upload_folder begins a second commit; of a student it is a mistake."""
+    made = folder("dataset", tmp_path / "mine")
+    for i in range(1, 300):
+        safetensors(made / "pairs" / f"{i:08d}.safetensors", str(i), size=64)
+    with Loopback() as hub:
+        assert "url" in Client(hub, tmp_path / "a").push(made, "me/pairs")
+        repo = hub.repos["datasets/me/pairs"]
+        assert len(repo.history()) == 2 and whole(hub, "datasets/me/pairs", made)
+    student = folder("student", tmp_path / "student")
+    for i in range(250):
+        (student / f"{i}.txt").write_text("x")
+    with pytest.raises(UserError, match="fewer than 250"):
+        push(student, "me/thing")
+
+
+def test_a_push_of_another_machine_is_left_alone(tmp_path, monkeypatch):
+    """On a shared disk: only what a dead process of this machine staged is removed."""
+    from zoo.hub import publish
+    dead, theirs = tmp_path / f"{publish._mark()}999999999-x", tmp_path / ".pushing-other_host-999999999-x"
+    for left in (dead, theirs):
+        left.mkdir()
+    assert publish._beside(tmp_path / "student") == tmp_path and not dead.exists() and theirs.exists()
 
 
 def test_retry_reads_what_the_server_asked_for():

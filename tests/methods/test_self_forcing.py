@@ -411,8 +411,10 @@ def test_life_of_a_run(folder, tmp_path, monkeypatch):
     long = pipe(names[0], num_frames=13, num_inference_steps=1, generator=torch.Generator().manual_seed(1), output_type="pt").frames
     assert long.shape == (1, 13, 1, 8, 8) and 0 <= long.min() and long.max() <= 1
     assert len(pipe(names, num_inference_steps=1).frames[1]) == 8
-    with pytest.raises(zoo.UserError, match="trained for 1, 2, 4 steps"):
-        pipe(names, num_inference_steps=3)
+    with pytest.warns(UserWarning, match="trained for 1, 2, 4 steps, not 3"):          # as every pipeline: it says so, and does as it is told
+        assert pipe(names, num_inference_steps=3, output_type="latent").frames.shape[1] == 8
+    with pytest.raises(zoo.UserError, match="at least 1 .trained for 1, 2, 4 steps"):
+        pipe(names, num_inference_steps=0)
     cli.main(["sample", str(student), names[0], "--seeds", "2", "--steps", "1", "--out", str(tmp_path / "a.gif")])
     animation = Image.open(tmp_path / "a.gif")
     assert animation.size == (16, 8) and animation.n_frames == 8

@@ -1,5 +1,7 @@
+import os
+
 import pytest
-from space_server import make_students, serving
+from space_server import make_film, make_students, serving
 
 
 @pytest.fixture(scope="session")
@@ -12,6 +14,11 @@ def students(folder):
     return make_students(folder)
 
 
+@pytest.fixture(scope="session")
+def film(folder):
+    return make_film(folder)
+
+
 @pytest.fixture
 def here(students, monkeypatch):
     """The page's modules in this process, with the tiny students."""
@@ -22,6 +29,7 @@ def here(students, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def server(students, folder):
-    with serving(students, folder) as (url, pid):
+def server(students, film, folder):
+    """(address, process id) of a page with all of them."""
+    with serving(os.pathsep.join((students, str(film))), folder) as (url, pid):
         yield url, pid

@@ -12,6 +12,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "spaces"
 sys.path[:0] = [str(ROOT / "tests")]
 sys.path.append(str(SPACE))
+FILMED = "disk moving left"          # what the streaming student can be asked for
+# A card as somebody who means ill would write it, and an example of it that becomes a button.
+NASTY_CARD = """---
+license: mit
+widget:
+- text: <img src=x onerror="window.hacked=1">red
+---
+# Tiny rival
+
+<img src=x onerror="window.hacked=1"><script>window.hacked=1</script><svg onload="window.hacked=1"></svg>
+<iframe srcdoc="<script>parent.hacked=1</script>"></iframe> [press](javascript:window.hacked=1) **said the card**
+
+- command: `accelerate launch train_scripts/train_dmd.py --teacher <b>me</b>`
+"""
 
 
 def make_students(folder: Path) -> str:
@@ -36,8 +50,27 @@ def make_students(folder: Path) -> str:
                 p += 0.01 * torch.randn_like(p)
         knots = torch.tensor(times) * model.process.t_max
         export_student(model, net, folder / name, contract_for(model, knots.tolist(), rule), facts={"method": "reflow" if rule == "ode" else "dmd"})
+        if name == "tiny-rival":
+            (folder / name / "README.md").write_text(NASTY_CARD)
         made.append(f"{folder / name}={teachers[family]}")
     return os.pathsep.join(made)
+
+
+def make_film(folder: Path) -> Path:
+    """A streaming student: a causal Wan of three layers on clips of 8 x 8 pixels. It knows the words FILMED."""
+    from zoo import backbones
+    from zoo.backbones.toy_video import small_pipeline
+    from zoo.data.sprites import Sprites
+    from zoo.hub.contract import Contract
+    from zoo.hub.export import export_student
+    clips = Sprites(frames=8, size=8, side=4, channels=1, names=("disk", "cross"), directions=2, speeds=(("", 1.0),))
+    assert FILMED in clips.captions
+    small_pipeline(clips, patch=4, heads=2, head_dim=12, layers=3, guidance=2.0, seed=0).save_pretrained(folder / "film-teacher", safe_serialization=True)
+    model = backbones.load(str(folder / "film-teacher"))
+    contract = Contract({2: (1000.0, 500.0), 1: (1000.0,)}, "causal", prediction="velocity", scheduler="FlowMatchLCMScheduler",
+                        layout={"shape": [8, 1, 8, 8], "chunk": 2, "sink": 0, "window": 0, "slots": False})
+    export_student(model, model.make("student"), folder / "tiny-film", contract, facts={"method": "self_forcing"})
+    return folder / "tiny-film"
 
 
 @contextmanager

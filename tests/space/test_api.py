@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from space_server import SPACE, serving
 from test_space import pixels
+
+import zoo
 
 ENDPOINTS = {"/students", "/race", "/diversity", "/ladder", "/leaderboard", "/snippets"}
 
@@ -93,38 +96,23 @@ def test_the_assembled_folder_starts_from_itself(students, tmp_path):
     assert facts["steps"] == 4 and marker.read_text() == str(init)          # its own package, not the clone's
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("FEWSTEP_FRESH_VENV"), reason="downloads gigabytes: set FEWSTEP_FRESH_VENV=1 (or =path of a Python 3.12)")
-def test_the_assembled_folder_starts_in_a_fresh_environment(students, tmp_path):
-    """As the Hub does it: an environment with nothing but requirements.txt. FEWSTEP_FRESH_TORCH replaces the line of torch where that
-    version has no small build, such as `torch==2.13.0` for a CPU."""
-    from zoo.hub.space import assemble
-    folder = assemble(tmp_path / "space")
-    wanted, torch_line = os.environ["FEWSTEP_FRESH_VENV"], os.environ.get("FEWSTEP_FRESH_TORCH")
-    lines = (folder / "requirements.txt").read_text()
-    if torch_line:
-        lines, replaced = re.subn(r"(?m)^torch==.*$", torch_line, lines)
-        assert replaced == 1
-    (tmp_path / "requirements.txt").write_text(lines)
-    subprocess.run([sys.executable if wanted == "1" else wanted, "-m", "venv", tmp_path / "venv"], check=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", tmp_path / "requirements.txt"], check=True)
-    assert subprocess.run([python, "-c", "import zoo"], cwd=tmp_path, capture_output=True).returncode, "the environment has the package already"
-    with serving("", folder, folder, python) as (url, _):
-        client = Client(url, verbose=False)
-        names = [r["name"] for r in client.predict(api_name="/students")]
-        assert set(names) >= {"dmd.emoji-4step", "dmd.fashion-4step"}
-        for name in names:
-            facts = client.predict(name, "noto hospital" if "emoji" in name else "sneaker", 0, 4, api_name="/race")[2]
-            assert facts["steps"] == 4 and facts["speedup"], facts
+def test_the_record_of_a_fresh_environment_is_of_these_pins():
+    """`python tests/space/fresh.py` wrote it: what the Hub would install and start. Other pins ask for another run."""
+    import fresh
+    record = json.loads(fresh.RECORD.read_text())
+    front = re.search(r'^python_version: "(.+)"$', (SPACE / "README.md").read_text(), re.M)[1]
+    assert record["installed"] == fresh.pins() and record["python"].startswith(front + ".") and record["lint"] == []
+    shipped = {row.name for row in zoo.students(kind="shipped")}
+    assert set(record["races"]) == shipped and all(race["speedup"] > 1 and len(race["lanes"]) == 2 for race in record["races"].values())
 
 
 # ------------------------------------------------------------------------------------------------------- ZeroGPU
 @pytest.fixture(scope="module")
 def spaces_package(tmp_path_factory):
-    """A folder with the package `spaces` from PyPI; what it needs is there already."""
+    """A folder with the package `spaces` from PyPI, as it is pinned; what it needs is there already."""
+    import fresh
     site = tmp_path_factory.mktemp("site")
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, "spaces>=0.40"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, f"spaces=={fresh.pins()['spaces']}"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"PyPI cannot be reached: {done.stderr.strip().splitlines()[-1:]}")
     return site
@@ -222,3 +210,17 @@ def test_training_from_the_page_ends_in_a_student_that_races(here, monkeypatch):
     for each in distil._jobs:
         each.forget()
     assert view.student not in here.roster()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["SIGTERM", "SIGHUP"])
+def test_a_page_that_ends_takes_its_training_along(tmp_path, told):
+    """By a service manager or with its terminal: no process stays, and no folder."""
+    code = "import threading, app, distil; app.heed(); job = distil.start('fashion', 600); print(job.process.pid, job.out, flush=True); threading.Event().wait()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=SPACE, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}) as page:
+        pid, out = page.stdout.readline().split()
+        training = psutil.Process(int(pid))
+        assert training.is_running() and Path(out).is_dir()
+        page.send_signal(getattr(signal, told))
+        assert page.wait(60) == 0
+    assert not training.is_running() and not Path(out).exists()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from space_server import ROOT, SPACE
+from PIL import Image
+from space_server import FILMED, ROOT, SPACE
 
 import zoo
 from zoo import metrics, rollout
 from zoo.errors import UserError
 from zoo.hub import space
+from zoo.rows import Student
 
 
 NASTY = '<img src=x onerror="alert(1)">'
@@ -30,16 +33,25 @@ def last(states):
     return state
 
 
+def taught(here, o) -> np.ndarray:
+    """What the teacher of an order draws from the seed's noise, by the deterministic rule in one call."""
+    model = here.garage.teacher(o.student.teacher)
+    cond, uncond = here.conditions(model, o.subject, 1)
+    noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(o.seed))
+    knots = model.process.t_max * (1 - torch.arange(here.TEACHER_STEPS, dtype=torch.float64) / here.TEACHER_STEPS)
+    return pixels(here.pil(model.decode(rollout.sample(model.teacher, noise, cond, knots, "ode", uncond=uncond, guidance=model.guidance)))[0])
+
+
 # ------------------------------------------------------------------------------------------------------- orders
 BAD = [(("tiny-words", "", 0, 4), "prompt is empty"), (("tiny-words", " \n ", 0, 4), "prompt is empty"), (("tiny-words", "x" * 10_000, 0, 4), "10,000 characters"),
        (("tiny-words", "heart", -1, 4), "seed -1 is out of range"), (("tiny-words", "heart", 2**31, 4), "out of range"), (("tiny-words", "heart", "1e400", 4), "no whole number"),
        (("tiny-words", "heart", 0.5, 4), "no whole number"), (("tiny-words", "heart", None, 4), "no whole number"), (("tiny-words", "heart", 0, 3), "trained for 1, 2, 4 steps, not 3"),
        (("tiny-words", "heart", 0, 0), "number of steps 0 is out of range"), (("tiny-wrods", "heart", 0, 4), "did you mean tiny-words"), (("<b>", "heart", 0, 4), "unknown student"),
-       (("tiny-classes", "frog", 0, 4), "draws classes"), (("tiny-classes", "9", 0, 4), "draws classes"), (("tiny-words", "heart", 0, 4, "tiny-classes"), "cannot race"),
+       (("tiny-classes", "frog", 0, 4), "draws classes"), (("tiny-classes", "9", 0, 4), "draws classes"), (("tiny-classes", "²", 0, 4), "draws classes"), (("tiny-classes", "1" * 5000, 0, 4), "draws classes"), (("tiny-words", "heart", 0, 4, "tiny-classes"), "cannot race"),
        (("tiny-words", "heart", 0, 4, "tiny-words"), "cannot race")]
 
 
-@pytest.mark.parametrize("wish, said", BAD, ids=[said for _, said in BAD])
+@pytest.mark.parametrize("wish, said", BAD, ids=[f"{said}-{i}" for i, (_, said) in enumerate(BAD)])
 def test_a_wish_that_cannot_be_is_told_why(here, wish, said):
     with pytest.raises(UserError, match=said):
         here.order(*wish)
@@ -68,14 +80,8 @@ def test_a_race_is_the_plain_call_against_the_deterministic_teacher(here, name, 
     alone = zoo.load(o.student.source)(**call, num_inference_steps=2, generator=torch.Generator().manual_seed(5)).images[0]
     assert np.array_equal(pixels(alone), pixels(student.images[0]))
 
-    model = here.garage.teacher(o.student.teacher)
-    cond, uncond = here.conditions(model, what, 1)
-    noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(5))
-    knots = model.process.t_max * (1 - torch.arange(here.TEACHER_STEPS, dtype=torch.float64) / here.TEACHER_STEPS)
-    expected = rollout.sample(model.teacher, noise, cond, knots, "ode", uncond=uncond, guidance=model.guidance)
-    assert np.array_equal(pixels(here.pil(model.decode(expected))[0]), pixels(teacher.images[0]))
-
-    each = 1 if model.guidance == 1 else 2
+    assert np.array_equal(taught(here, o), pixels(teacher.images[0]))
+    each = 1 if here.garage.teacher(o.student.teacher).guidance == 1 else 2
     assert (student.calls, teacher.calls) == (2, each * here.TEACHER_STEPS)
     seen = [s.lanes[1].images[0] for s in states if s.lanes[1].images]
     assert states[1].lanes[0].finished and not states[1].lanes[1].images          # the student arrives first
@@ -171,27 +177,9 @@ def test_students_of_others_share_their_teachers_noise(here, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- video
-@pytest.fixture(scope="module")
-def film(tmp_path_factory):
-    """A streaming student: a causal Wan of three layers on clips of 8 x 8 pixels."""
-    from zoo import backbones
-    from zoo.backbones.toy_video import small_pipeline
-    from zoo.data.sprites import Sprites
-    from zoo.hub.contract import Contract
-    from zoo.hub.export import export_student
-    out = tmp_path_factory.mktemp("film")
-    clips = Sprites(frames=8, size=8, side=4, channels=1, names=("disk", "cross"), directions=2, speeds=(("", 1.0),))
-    small_pipeline(clips, patch=4, heads=2, head_dim=12, layers=3, guidance=2.0, seed=0).save_pretrained(out / "teacher", safe_serialization=True)
-    model = backbones.load(str(out / "teacher"))
-    contract = Contract({2: (1000.0, 500.0), 1: (1000.0,)}, "causal", prediction="velocity", scheduler="FlowMatchLCMScheduler",
-                        layout={"shape": [8, 1, 8, 8], "chunk": 2, "sink": 0, "window": 0, "slots": False})
-    export_student(model, model.make("student"), out / "tiny-film", contract, facts={"method": "self_forcing"})
-    return out / "tiny-film", clips.captions[0]
-
-
 def test_a_streaming_student_gets_a_tab_of_its_own(here, film, monkeypatch):
     import tabs
-    folder, words = film
+    folder, words = film, FILMED
     video = next(t for t in tabs.TABS if t.id == "video")
     assert not video.applies()
     monkeypatch.setenv("FEWSTEP_SPACE_STUDENTS", str(folder))
@@ -204,6 +192,27 @@ def test_a_streaming_student_gets_a_tab_of_its_own(here, film, monkeypatch):
     frames = [f for c in chunks for f in c]
     running, done = tabs.film_board(frames[:2], 1.0, NASTY, 5, running=True), tabs.film_board(frames, 2.0, NASTY, 5)
     assert "2.0 frames a second" in running and "frame 5 of 5" in done and "image/webp" in done and "<img src=x" not in running + done
+
+
+def test_a_row_of_the_registry_that_streams_gets_the_tab_and_other_videos_do_not(here, film, students, monkeypatch, tmp_path):
+    """What decides is the contract: no line of the page names a student."""
+    import json
+    import shutil
+
+    import api
+    import tabs
+    video = next(t for t in tabs.TABS if t.id == "video")
+    monkeypatch.setattr(zoo, "students", lambda: [Student("self_forcing.tiny", "self_forcing", "film-teacher", str(film), (2, 1), "mit", modality="video", sampler="causal")])
+    assert video.applies() and set(here.videos()) == {"self_forcing.tiny"} and here.videos()["self_forcing.tiny"].license == "mit"
+    assert {r["name"]: r["modality"] for r in api.students()} == {"self_forcing.tiny": "video", **{Path(s.partition("=")[0]).name: "image" for s in students.split(os.pathsep)}}
+    clip = tmp_path / "clip"                    # a stock Wan student of few steps: all frames at once, nothing to stream
+    shutil.copytree(here.racer("tiny-words").source, clip)
+    data = json.loads((clip / "fewstep.json").read_text())
+    data["student"]["family"] = "wan"
+    (clip / "fewstep.json").write_text(json.dumps(data))
+    monkeypatch.setattr(zoo, "students", lambda: [])
+    monkeypatch.setenv("FEWSTEP_SPACE_STUDENTS", str(clip))
+    assert set(here.roster()) == {"clip"} and not video.applies() and not here.racers() and api.students()[0]["modality"] == "video"
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -232,7 +241,7 @@ def test_a_link_fills_the_panel_and_starts_the_race(here):
     assert [c[1] for c in updates[5]["choices"]] == [1, 2, 4]
     _, pending = tabs.read_link({"student": "nobody"})
     assert "unknown student 'nobody'" in pending["unknown"]
-    for bad in ({"steps": "3"}, {"seed": "-4"}, {"seed": "9" * 400}, {"prompt": "x" * 10_000}, {"student": "tiny-words", "prompt": "", "steps": "four"}):
+    for bad in ({"steps": "3"}, {"seed": "-4"}, {"seed": "9" * 400}, {"seed": "²"}, {"seed": "--1"}, {"steps": "1e1"}, {"prompt": "x" * 10_000}, {"student": "tiny-words", "prompt": "", "steps": "four"}):
         boards = list(tabs.run_race(lambda: here.order(*tabs.read_link(bad)[1]["order"]), []))
         assert len(boards) == 1 and 'role="alert"' in boards[0][0], bad
 
@@ -271,6 +280,53 @@ def test_a_curve_is_drawn_from_its_first_point(here):
     assert "nan" not in flat + one
     html = tabs.training_board(distil.View("running", "fashion", 4, 3.0, 5.0, {"measure/score": [(4, 0.25)]}))
     assert html.count("<svg") == 1
+
+
+def test_a_grid_that_is_being_written_is_left_for_the_next_look(here, tmp_path):
+    import distil
+    import tabs
+    whole, half = tmp_path / "whole.png", tmp_path / "half.png"
+    Image.effect_noise((64, 64), 90).save(whole)
+    half.write_bytes(whole.read_bytes()[:900])
+    assert "<img" in tabs.training_board(distil.View("running", "fashion", 4, 3.0, 5.0, grid=whole))
+    html = tabs.training_board(distil.View("running", "fashion", 4, 3.0, 5.0, grid=half))
+    assert "<img" not in html and "appear here" in html
+
+
+def test_visitors_read_no_folders(here, monkeypatch):
+    """Names and remedies, not where things lie on this machine."""
+    import api
+    import looks
+    import tabs
+    from gradio import Error
+    wrong = UserError("/srv/models/tiny holds its weights as pickles (a.bin): save them, see https://huggingface.co/docs/x/y")
+    clean = "tiny holds its weights as pickles (a.bin): save them, see https://huggingface.co/docs/x/y"
+    assert tabs.told(wrong) == clean and here.words("1/2 of 3 / 4, 'a/b'") == "1/2 of 3 / 4, 'a/b'"
+    with pytest.raises(Error) as said:
+        api._said(lambda: (_ for _ in ()).throw(wrong))
+    assert said.value.message == clean
+    r = last(here.race(here.order("tiny-words", "red heart", 0, 1, "tiny-rival")))
+    folder = str(Path(r.order.student.source).parent)
+    assert folder not in looks.race_board(r) + str(r.facts()) + str(api.students()) + str(last(here.strip(r.order)).facts()) + str(last(here.ladder(r.order)).facts())
+
+
+def test_a_forgotten_student_leaves_the_memory_and_no_example_of_it_is_kept(here, monkeypatch, tmp_path):
+    from dataclasses import replace
+
+    import distil
+    import tabs
+    monkeypatch.setattr(here, "FRESH", {})
+    monkeypatch.setattr(tabs, "_cache", {})
+    job = distil.Job.__new__(distil.Job)
+    job.name, job.out = "fresh-tiny-1", tmp_path / "run"
+    here.FRESH[job.name] = replace(here.racer("tiny-classes"), name=job.name)
+    o = here.order(job.name, "class 0", 0, 4)
+    before = len(here.garage)
+    assert last(tabs._race(o)).speedup and not tabs._cache and last(tabs._race(here.order("tiny-classes", "class 0", 0, 4))) and len(tabs._cache) == 1
+    kept = ("student", o.student.source)
+    assert kept in here.garage.kept
+    job.forget()
+    assert kept not in here.garage.kept and job.name not in here.roster() and len(here.garage) <= before + 1
 
 
 # ------------------------------------------------------------------------------------------------------- leaderboard
@@ -327,7 +383,6 @@ def test_a_shipped_student_goes_by_its_name(here):
 @pytest.mark.parametrize("name, what", [("tiny-words", 'red "heart" \\ star'), ("tiny-classes", "class 3"), ("tiny-ode", "class 3")])
 def test_the_snippets_draw_the_same_picture(here, name, what, tmp_path, monkeypatch):
     import takehome
-    from PIL import Image
     o = here.order(name, what, 11, 2)
     drawn = here.draw(o.student, o.subject, [11], 2).images[0]
     lines = takehome.snippets(o)
@@ -369,7 +424,8 @@ def test_the_assembled_folder_is_whole(assembled):
 
 @pytest.mark.parametrize("file, old, new, said", [
     ("requirements.txt", "torch==2.11.0", "torch==2.13.0", "torch 2.13.0 is not what ZeroGPU has"), ("requirements.txt", "diffusers==0.42.1", "diffusers==0.30.0", "pyproject.toml wants"),
-    ("requirements.txt", "peft==0.21.2", "", "does not pin peft"), ("requirements.txt", "gradio==6.31.0", "gradio==6.30.0", "not the gradio of requirements.txt"),
+    ("requirements.txt", "peft==0.21.2", "", "does not pin peft"),
+    ("requirements.txt", "spaces==", "spaces>=", "does not pin spaces"), ("requirements.txt", "gradio==6.31.0", "gradio==6.30.0", "not the gradio of requirements.txt"),
     ("README.md", "sdk: gradio", "sdk: static", "sdk is 'static'"), ("README.md", 'python_version: "3.12"', 'python_version: "3.11"', "python_version 3.11"),
     ("README.md", "app_file: app.py", "app_file: main.py", "app_file main.py does not exist"), ("README.md", "zero-a10g", "zero-h100", "no hardware"),
     ("README.md", "---\ntitle", "title", "no front matter"), ("README.md", "- tianweiy/DMD2\n", "", "models lacks tianweiy/DMD2"),

@@ -171,7 +171,7 @@ def _diffusers_layers(model, file: Path) -> dict:
         raise UserError(f"{type(pipe).__name__} has no LoRA loader in diffusers: give {model.name}'s LoRA as a peft folder ({PEFT_CONFIG} and {PEFT_WEIGHTS}), "
                         "or fuse it into a folder for --teacher")
     try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=NAME, use_safetensors=True)
         return {part: _layers(module) for part in pipe._lora_loadable_modules if isinstance(module := getattr(pipe, part, None), nn.Module)}
     finally:
         pipe.unload_lora_weights()

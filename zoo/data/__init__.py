@@ -107,7 +107,7 @@ def prompts(spec: str | Path, column: str = "image") -> list[str]:
     images or its videos; where it has none of them, of the other. Raises UserError when missing or empty.
     """
     if Path(spec).suffix == ".txt":
-        lines = _text(Path(spec), "prompts file").splitlines()
+        lines = _text(Path(spec), "prompts file").split("\n")        # and nothing else: texts hold rarer separators
     else:
         place = Path(parse(spec).place)
         if place.is_dir() and not _files_of(place, column):
@@ -232,11 +232,11 @@ def _place(spec: Spec, column: str) -> Dataset:
     if path.suffix in TABLE_TYPES:
         return _file(path, spec)
     if path.suffix == ".tar":
-        return _shards(spec)
+        return _shards(spec, column)
     if is_local(place):
         raise UserError(f"no data at {place!r}: give {', '.join(BUILT_IN)}, a folder of images, a parquet, jsonl or csv file, "
                         "shards such as path/{000..010}.tar, or a Hub id such as user/name")
-    return _hub(name, split or "train", spec.config)
+    return _hub(name, split or "train", spec.config, column)
 
 
 def _text(path: Path, what: str) -> str:
@@ -256,21 +256,56 @@ def _parquet(path: Path) -> Dataset:
 
 
 def _rows(path: Path) -> list[dict]:
+    """Rows of a csv or jsonl file; what is no row is counted and left out."""
     text = _text(path, "data file")
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        limit = csv.field_size_limit(2**31 - 1)          # captions are not bounded
+        try:
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        except csv.Error as error:
+            raise UserError(f"{path} is not a readable csv file ({error}): write it again") from error
+        finally:
+            csv.field_size_limit(limit)
+        tally = Tally(f"rows of {path}", len(rows))
+        for number, row in enumerate(rows):
+            if None in row:
+                tally.skip(number, f"row {number}", "more fields than the header names: quote texts that hold commas")
+        return [row for row in rows if None not in row]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows, tally = [], Tally(f"lines of {path}", len(lines))
     for number, line in lines:
         try:
             rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             tally.skip(number, f"line {number}", "not a JSON object: write one {...} a line")
     return rows
 
 
+def _from_rows(path: Path, rows: list[dict], texts: set[str]) -> Dataset:
+    """A table with every key of any row as a column. In the columns `texts`, values of another kind than text are counted and empty; any other
+    column of mixed kinds becomes text."""
+    import pyarrow
+    from datasets import Dataset
+    columns = {}
+    for name in dict.fromkeys(k for row in rows for k in row):
+        values = [row.get(name) for row in rows]
+        try:
+            pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+            if name in texts:
+                tally = Tally(f"rows of {path}", len(rows))
+                for i, value in enumerate(values):
+                    if value is not None and not isinstance(value, str):
+                        tally.skip(i, f"row {i}: {name} {value!r:.40}", "no text")
+                values = [v if isinstance(v, str) else None for v in values]
+            else:
+                values = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+        columns[name] = values
+    return Dataset.from_dict(columns)
+
+
 def _file(path: Path, spec: Spec) -> Dataset:
-    from datasets import Dataset, Image, Value
+    from datasets import Image, Value
 
     if not path.is_file():
         raise UserError(f"data file {path} does not exist: check the path")
@@ -281,7 +316,7 @@ def _file(path: Path, spec: Spec) -> Dataset:
             raise UserError(f"{path} is not a readable parquet file ({type(error).__name__}): "
                             "write it again") from error
     else:
-        table = Dataset.from_list(_rows(path))
+        table = _from_rows(path, _rows(path), {*CAPTIONS, "txt", spec.caption, "image", spec.image, "video", spec.video})
     table = _named(table)
     for column in {"image", "video", spec.image, spec.video} & set(table.column_names):
         if table.features[column] == Value("string"):  # paths, relative to the file unless absolute
@@ -292,7 +327,7 @@ def _file(path: Path, spec: Spec) -> Dataset:
     return table
 
 
-def _shards(spec: Spec) -> Dataset:
+def _shards(spec: Spec, column: str) -> Dataset:
     """Tar shards as a whole: what `datasets` unpacks of them into its own cache."""
     from datasets import load_dataset
     files = [str(p) for p in spec.shards]
@@ -302,7 +337,7 @@ def _shards(spec: Spec) -> Dataset:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         which = _broken(spec.shards) or spec.place
         raise UserError(f"{which} could not be unpacked ({type(error).__name__}: {reason}): write it again, or leave it out") from error
-    return _named(_pictured(table))
+    return _named(_pictured(table, column))
 
 
 def _broken(shards: list[Path]) -> Path | None:
@@ -356,13 +391,13 @@ def _folder(folder: Path, column: str = "image") -> Dataset:
     return table
 
 
-def _hub(name: str, split: str, config: str = "") -> Dataset:
+def _hub(name: str, split: str, config: str = "", column: str = "image") -> Dataset:
     from datasets import load_dataset
     try:
         table = load_dataset(name, config or None, split=split)
     except Exception as error:
         raise unreachable(name, error) from error
-    return _named(_pictured(table))
+    return _named(_pictured(table, column))
 
 
 def unreachable(name: str, error: Exception) -> UserError:
@@ -385,12 +420,10 @@ def unreachable(name: str, error: Exception) -> UserError:
     return UserError(f"{head} ({type(error).__name__}: {text}); check the path or id, its split (user/name:split) and the network")
 
 
-def _pictured(table: Dataset) -> Dataset:
-    from datasets import Image
-    if "image" not in table.column_names:
-        pictures = [k for k, feature in table.features.items() if isinstance(feature, Image)]
-        table = table.rename_column(pictures[0], "image") if pictures else table
-    return table
+def _pictured(table: Dataset, column: str) -> Dataset:
+    from .streams import candidates
+    found = candidates(table.features, column)
+    return table.rename_column(found[0], column) if found and found[0] != column else table
 
 
 def _named(table: Dataset) -> Dataset:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import time
 import warnings
 import weakref
@@ -34,6 +35,9 @@ from ..errors import UserError
 FILE_BYTES = 64 * 2**20       # a file is written when this much waits, or has waited this long
 FILE_SECONDS = 60.0
 OPEN_FILES = 256              # mapped at once
+BEGAN = time.time()           # of this process: all its caches share one folder and its limit
+AGAIN = 60.0                  # seconds after which a file that is still read is marked as used again
+RECENT = 2 * AGAIN            # what was used that recently is in use by another run that began before this one
 MEMORY_BYTES = 4 * 2**30      # without a folder
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "f16": torch.float16, "f64": torch.float64, "bool": torch.bool, "u8": torch.uint8,
           "i32": torch.int32, "i64": torch.int64}
@@ -142,12 +146,13 @@ class Cache:
 
     def __init__(self, folder: Path, facts: dict, limit: int, root: Path):
         self.folder, self.limit, self.root, self.full = folder, limit, root, False
-        self.started, self.flushed = time.time(), time.monotonic()
+        self.started, self.flushed = BEGAN, time.monotonic()
         self.where: dict[str, str] = {}              # key -> file
+        self.held: dict[str, list[str]] = {}         # file -> keys, the same objects
         self.labels: dict[str, tuple[str, ...]] = {} # key -> names of its tensors in the file, equal ones one object: there are millions
         self.kinds: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.files: set[str] = set()
-        self.touched: set[str] = set()
+        self.touched: dict[str, float] = {}          # file -> when it was last marked as used
         self.open: OrderedDict = OrderedDict()
         self.waiting: dict[str, dict[str, Tensor]] = {}
         self.waiting_bytes = 0
@@ -166,10 +171,14 @@ class Cache:
         record = self.folder / "cache.json"
         mine = json.loads(json.dumps(facts))
         if not record.exists():
-            temp = record.with_name(f"cache.json.{os.getpid()}")
+            temp = record.with_name(f"cache.json.{_mine()}")
             temp.write_text(json.dumps(mine, indent=1, sort_keys=True))
             os.replace(temp, record)
-        theirs = json.loads(record.read_text())
+        try:
+            theirs = dict(json.loads(record.read_text()))
+        except (ValueError, TypeError):                  # a machine that went down while it was written
+            raise UserError(f"{record} cannot be read, so that nothing says what {self.folder} was encoded by: give another --cache folder, "
+                            "or delete this one") from None
         wrong = [f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(mine | theirs) if theirs.get(k) != mine.get(k)]
         if wrong:
             raise UserError(f"{self.folder} was encoded by another model or setting ({'; '.join(wrong)}): "
@@ -194,6 +203,7 @@ class Cache:
         self.files = there
 
     def _learn(self, key: str, name: str, labels) -> None:
+        self.held.setdefault(name, []).append(key)
         self.where[key], self.labels[key] = name, self.kinds.setdefault(tuple(labels), tuple(labels))
 
     def _handle(self, name: str):
@@ -216,8 +226,9 @@ class Cache:
 
     def _forget(self, name: str) -> None:
         self.open.pop(name, None)
-        for key in [k for k, v in self.where.items() if v == name]:
-            del self.where[key], self.labels[key]
+        for key in self.held.pop(name, ()):
+            if self.where.get(key) == name:
+                del self.where[key], self.labels[key]
 
     def __contains__(self, key: str) -> bool:
         return key in self.where or key in self.waiting
@@ -234,8 +245,9 @@ class Cache:
                 if handle is None:
                     self._forget(name)
                     continue
-                if name not in self.touched:         # one mark a run: it keeps the file from going while the run lasts
-                    self.touched.add(name)
+                now = time.monotonic()
+                if now - self.touched.get(name, -AGAIN) >= AGAIN:          # a mark now and then keeps the file from going while runs use it
+                    self.touched[name] = now
                     _touch(self.folder / name)
                 out[key] = dict(unpack(handle.get_tensor(f"{key}/{label}"), label) for label in self.labels[key])
         return out
@@ -258,13 +270,13 @@ class Cache:
         if not self.waiting:
             return
         name = f"{digest(*sorted(self.waiting))}.safetensors"
-        temp = self.folder / f"{name}.{os.getpid()}"
+        temp = self.folder / f"{name}.{_mine()}"
         try:
             save_file({f"{key}/{label}": v for key, fields in self.waiting.items() for label, v in fields.items()}, temp)
             if self._make_room(temp.stat().st_size):
                 os.replace(temp, self.folder / name)
                 self.files.add(name)
-                self.touched.add(name)
+                self.touched[name] = time.monotonic()
                 for key, fields in self.waiting.items():
                     self._learn(key, name, fields)
             else:
@@ -280,7 +292,7 @@ class Cache:
         self.waiting, self.waiting_bytes, self.flushed = {}, 0, time.monotonic()
 
     def _make_room(self, wanted: int) -> bool:
-        """Whether `wanted` bytes fit, after removing files that nobody has used since this run began."""
+        """Whether `wanted` bytes fit, after removing files that nobody has used since this run began, or recently."""
         found = []
         for path in self.root.rglob("*.safetensors"):
             try:
@@ -290,7 +302,7 @@ class Cache:
             found.append((state.st_mtime, state.st_size, path))
         total = sum(s for _, s, _ in found)
         for used, s, path in sorted(found):
-            if total + wanted <= self.limit or used >= self.started:
+            if total + wanted <= self.limit or used >= min(self.started, time.time() - RECENT):
                 break
             path.unlink(missing_ok=True)
             total -= s
@@ -304,6 +316,11 @@ def _flush_if_alive(reference) -> None:
     cache = reference()
     if cache is not None:
         cache.flush()
+
+
+def _mine() -> str:
+    """Ends the name of a file that only this process writes, on whichever machine."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _touch(path: Path) -> None:

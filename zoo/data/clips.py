@@ -46,6 +46,15 @@ def decode(raw: bytes, frames: int, size: tuple[int, int], fps: float = 0.0, cha
     return torch.from_numpy(np.stack(fitted).reshape(frames, *size, channels)).permute(3, 0, 1, 2)
 
 
+def on_white(picture):
+    """A Pillow image, its transparency as white."""
+    from PIL import Image
+    if not picture.has_transparency_data:
+        return picture
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+
+
 def _frames(raw: bytes):
     """(seconds, picture) one after another."""
     if _animated(raw):
@@ -54,7 +63,7 @@ def _frames(raw: bytes):
             seconds = 0.0
             for i in range(getattr(film, "n_frames", 1)):
                 film.seek(i)
-                yield seconds, film.convert("RGB")
+                yield seconds, on_white(film).convert("RGB")
                 seconds += film.info.get("duration", 0) / 1000 or 0.1
         return
     try:
@@ -65,7 +74,8 @@ def _frames(raw: bytes):
         start = None
         for frame in film.decode(video=0):
             start = frame.time if start is None else start
-            yield (frame.time or 0.0) - (start or 0.0), frame.to_image()
+            picture = frame.to_image()
+            yield (frame.time or 0.0) - (start or 0.0), picture.rotate(frame.rotation, expand=True) if frame.rotation else picture     # held upright
 
 
 def _animated(raw: bytes) -> bool:

@@ -32,6 +32,8 @@ from .tally import Tally
 
 PART = 64                      # prompts between two looks at the cache's limit
 FORMAT = 1                     # of what is cached; counts up when the same facts would give other tensors
+PROBE = "A Cat, 3 naïve hearts: (red) and 4K"        # what a tokenizer makes of it tells it from others of the same name
+SETTINGS = ("force_zeros_for_empty_prompt", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "batch_norm_eps")
 UNCONDITIONAL = digest("", "unconditional")
 UNKNOWN = 2**31                # nominal length of a stream before its first epoch has ended
 if TYPE_CHECKING:
@@ -51,11 +53,11 @@ def feed(model, images: bool = False):
         if items.captions is not None:        # those of a stream are not known
             texts.prepare(items.captions)
         return _source(items, lambda index: fields(texts, *items(index.tolist())))
-    stream = _stream(model, spec, images=False)
+    stream = _stream(model, spec, "")
     if stream is not None:
         get = lambda index: fields(texts, [row["caption"] for row in _complete(stream, index.tolist())])
         source = Source(stream.n or UNKNOWN, get, lambda numbers, seed, batch: stream.order(numbers, seed))
-        source.identity = f"stream {model.data}"
+        source.identity = f"stream {model.data}{_sizes(spec)}"
         return source
     captions = _prompts(model)
     if Path(spec.place).is_dir() and model.storage.rank == 0:
@@ -90,13 +92,16 @@ def some_prompts(model, most: int = 1000) -> list[str]:
     """Prompts of the model's --data, all of a list or the first of a stream."""
     if not model.data:
         raise UserError(f"{model.name} comes without prompts: give --data prompts.txt")
-    stream = _stream(model, parse(model.data), images=False)
+    stream = _stream(model, parse(model.data), "")
     if stream is None:
         return _prompts(model)
     found, at = [], 0
     while len(found) < most and at < 4 * most and (stream.n is None or at < stream.n):
-        found += [row["caption"] for row in stream.rows(list(range(at, at + 100))) if row["caption"]]
+        found += [row["caption"] for row in stream.rows(list(range(at, at + 100))) if not _wrong("caption", row["caption"])]
         at += 100
+    if not found:
+        raise UserError(f"none of the first {at} rows of {stream.name} has a caption (column {stream.columns['caption']}): name the column of texts, as in "
+                        f"--data '{stream.name}?caption=COLUMN'")
     return found[:most]
 
 
@@ -111,15 +116,21 @@ def _prompts(model) -> list[str]:
     return prompts(model.data, "video" if len(model.shape) == 4 else "image")
 
 
-def _stream(model, spec: Spec, images: bool, beside: str = "caption") -> Stream | None:
-    """The stream that `spec` is, or None for what is read as a whole. beside: what its rows must have besides a picture, if anything."""
+def _sizes(spec: Spec) -> str:
+    """Names and sizes of the local files of a stream: shards of the same name may be others."""
+    files = spec.shards or [path for path in [Path(spec.place)] if path.is_file()]
+    return "".join(f" {p.name} {p.stat().st_size}" for p in files)
+
+
+def _stream(model, spec: Spec, column: str, beside: str = "caption") -> Stream | None:
+    """The stream that `spec` is, or None for what is read as a whole. column: "image", "video" or "" for neither; beside: what its rows must
+    have besides, if anything."""
     from . import is_local
     if not (spec.stream if spec.stream is not None else bool(spec.shards) or not is_local(spec.place)):
         return None
     notes = model.storage.notes
-    sizes = [f"{p.name} {p.stat().st_size}" for p in spec.shards]
-    stream = open_stream(spec, notes and Path(notes) / f"rows-{digest(spec.place, *sizes)}.json", images, beside)
-    missing = sorted({beside, "image" if images else ""} - set(stream.columns) - {""})
+    stream = open_stream(spec, notes and Path(notes) / f"rows-{digest(spec.place, spec.config, _sizes(spec))}.json", column, beside)
+    missing = sorted({beside, column} - set(stream.columns) - {""})
     if missing:
         raise UserError(f"--data {spec.place} has no column for the {' and the '.join(missing)}: it has {', '.join(stream.names)}; "
                         f"name it, as in --data '{spec.place}?{missing[0]}=COLUMN'")
@@ -137,6 +148,7 @@ def _complete(stream: Stream, positions: list[int], beside: str = "caption", cla
             stream.empty.skip(p, row["name"] or f"row {p}", wrong)
             p += 1
             row = stream.rows([p])[0]
+            stream.empty.read()
         rows[i] = row
     return rows
 
@@ -171,10 +183,12 @@ class Texts:
 
     def facts(self) -> dict:
         """What decides the encoding of a prompt."""
-        tokenizers = {k: v.model_max_length for k, v in self.model.pipe.components.items() if k.startswith("tokenizer") and v is not None}
+        pipe = self.model.pipe
+        tokenizers = {k: v for k, v in pipe.components.items() if k.startswith("tokenizer") and v is not None}
         return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint(self.encoders), "style": _style(self.model),
                 "precision": {k: str(next(v.parameters()).dtype) for k, v in self.encoders.items()},
-                "length": getattr(self.model, "length", tokenizers), "family": getattr(self.model, "text_family", self.model.family), "format": FORMAT}
+                "length": getattr(self.model, "length", {k: v.model_max_length for k, v in tokenizers.items()}),
+                "settings": settings(pipe), "tokens": {k: digest(str(v(PROBE)["input_ids"])) for k, v in tokenizers.items()}, "family": getattr(self.model, "text_family", self.model.family), "format": FORMAT}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         keys = [digest(p) for p in prompts]
@@ -252,6 +266,12 @@ def _style(model) -> str:
     return f"{model.style.source} x {model.style.scale}" if getattr(model, "style", None) else ""
 
 
+def settings(part) -> dict:
+    """What the config of a pipeline or an autoencoder says of how it encodes, beside its weights."""
+    found = {k: part.config[k] for k in SETTINGS if part.config.get(k) is not None}
+    return {k: digest(str(list(v))) if isinstance(v, (list, tuple)) else v for k, v in found.items()}
+
+
 def revision(model) -> str:
     """The commit of a teacher from the Hub; "" for a folder, whose weights speak for themselves."""
     if Path(model.folder).is_dir():
@@ -276,22 +296,23 @@ class Pictures:
             raise UserError(f"{model.name} makes pictures of {self.channels} channels, and files hold 1 or 3: use a method that needs no pictures")
         if spec.buckets and (self.moving or not getattr(model, "any_size", False) or model.shape[-2] != model.shape[-1]):
             raise UserError(f"the {model.family} family takes pictures of one size: drop ?buckets=yes from --data")
-        self.stream = _stream(model, spec, True, beside) if beside != "label" or classes else None
-        self.keys: dict[int, str] = {}
+        self.column, other = ("video", "image") if self.moving else ("image", "video")
+        for option in [other] * bool(getattr(spec, other)) + ["fps"] * (spec.fps > 0 and not self.moving):
+            raise UserError(f"the {model.family} family reads {self.column}s: leave ?{option}= out of --data {spec.place}")
+        self.stream = _stream(model, spec, self.column, beside) if beside != "label" or classes else None
+        self.keys: dict = {}                         # position, or (position, shape) where that is not its own -> key
         self.ready: dict[str, Tensor] = {}           # decoded ahead (data.ahead), not yet encoded
         workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.each = ThreadPoolExecutor(workers).map if workers > 1 else map
         if spec.place.endswith(".txt"):
             wanted = f"{ {'caption': 'captioned ', 'label': 'labelled '}.get(beside, '')}{'clips' if self.moving else 'images'}"
             raise UserError(f"--data {spec.place} holds prompts alone, and this method trains on {wanted}: give a folder of them")
-        self.captions, self.n, self.column = None, None, "video" if self.moving else "image"
+        self.captions, self.n = None, None
         if self.stream is None:
             self._open_set()
-        elif self.moving:
-            raise UserError(f"clips are read from a folder or a table, not from the stream {spec.place}: unpack it")
         self.tally = Tally(f"{'clips' if self.moving else 'images'} of {spec.place}", self.n)
-        if beside == "label" and self.stream is None:
-            self._check_labels()
+        if beside and self.stream is None:
+            self._check_beside()
         if self.moving:
             frame = model.stock_size
             self.frames, self.size = frame["num_frames"], (frame["height"], frame["width"])
@@ -310,7 +331,8 @@ class Pictures:
             return {"model": str(self.model.name), "size": self.shapes, "channels": self.channels, "frames": [self.frames, self.spec.fps] if self.moving else 1,
                     "format": FORMAT}
         vae = self.model.pipe.vae
-        return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint({"vae": vae}), "family": self.model.family,
+        return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint({"vae": vae}), "settings": settings(vae),
+                "family": self.model.family,
                 "precision": str(next(vae.parameters()).dtype), "size": self.shapes, "frames": [self.frames, self.spec.fps] if self.moving else 1,
                 "format": FORMAT}
 
@@ -330,17 +352,21 @@ class Pictures:
             raise UserError(f"--data {place} has no {beside} column ({usual}) beside its {self.column}s: it has {', '.join(table.column_names)}; {beside_files}"
                             f"{'or ' * bool(beside_files)}name it, as in --data '{place}?{beside}=COLUMN'")
         self.n, self.table = len(table), _undecoded(table, self.column)
-        self.captions = ["" if c is None else c for c in table[beside]] if beside == "caption" else list(table[beside]) if beside else [0] * self.n
+        self.captions = list(table[beside]) if beside else [0] * self.n
 
-    def _check_labels(self) -> None:
-        """Labels of a whole set as class numbers; what has none of the teacher's is left out as if it could not be read."""
-        bad = {i: why for i, value in enumerate(self.captions) if (why := _wrong("label", value, self.classes))}
+    def _check_beside(self) -> None:
+        """Of a whole set: an item without a caption, or with a label that is none of the teacher's classes, is left out as if it could not be
+        read. Labels become class numbers."""
+        place, bad = self.spec.place, {i: why for i, value in enumerate(self.captions) if (why := _wrong(self.beside, value, self.classes))}
+        if len(bad) > 0.01 * self.n and self.beside == "label":
+            raise UserError(f"--data {place}: {len(bad)} of {self.n} labels do not fit {self.model.name}, the first is: {next(iter(bad.values()))}; "
+                            f"name the column of its class numbers, as in --data '{place}?label=COLUMN'")
         if len(bad) > 0.01 * self.n:
-            raise UserError(f"--data {self.spec.place}: {len(bad)} of {self.n} labels do not fit {self.model.name}, the first is: {next(iter(bad.values()))}; "
-                            f"name the column of its class numbers, as in --data '{self.spec.place}?label=COLUMN'")
+            raise UserError(f"--data {place}: {len(bad)} of {self.n} {self.column}s have no caption (allowed: 1 %), the first is item {next(iter(bad))}: "
+                            f"caption or remove them, or name the column of captions, as in --data '{place}?caption=COLUMN'")
         for i, why in bad.items():
             self.tally.skip(i, f"item {i}", why)
-        self.captions = [_number(value) for value in self.captions]
+        self.captions = [_number(value) if self.beside == "label" else "" if i in bad else value for i, value in enumerate(self.captions)]
 
     def _open_buckets(self) -> None:
         if self.stream is not None:
@@ -357,7 +383,8 @@ class Pictures:
 
         import PIL.Image
         try:
-            with PIL.Image.open(io.BytesIO(_bytes(self._entry(position)))) as image:
+            entry = self._entry(position)
+            with PIL.Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] else entry["path"]) as image:       # of a file no more than its head
                 width, height = image.size
                 return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
         except Exception:        # what it is will be said when it is decoded
@@ -376,19 +403,20 @@ class Pictures:
         return [beside for _, _, beside in items], self.model.encode(_signed(x0)) if self.raw else x0
 
     def _read(self, positions: list[int]) -> list[tuple]:
-        """(key, (function giving the entry, shape, pixels or None where cached), caption) of what stands at the positions."""
-        out, todo = [None] * len(positions), list(enumerate(positions))
+        """(key, (function giving the entry, shape, pixels or None where cached), caption) of what stands at the positions. What stands in for an
+        item is cut to that one's shape, which is that of its batch."""
+        out, shapes, todo = [None] * len(positions), [self._shape(p) for p in positions], list(enumerate(positions))
         self.tally.read(len(positions))
         while todo:
             later, new = [], []
             for slot, p in todo:
-                key = self.keys.get(p)
+                key = self.keys.get(self._at(p, shapes[slot]))
                 if key in self.cache:                # is not read again
-                    out[slot] = key, (partial(self._entry, p), self._shape(p), None), self.captions[p]
+                    out[slot] = key, (partial(self._entry, p), shapes[slot], None), self.captions[p]
                 else:
                     new.append((slot, p))
             rows = self._rows([p for _, p in new])
-            for (slot, p), row, item in zip(new, rows, self.each(self._open, [p for _, p in new], rows)):
+            for (slot, p), row, item in zip(new, rows, self.each(self._open, [p for _, p in new], rows, [shapes[slot] for slot, _ in new])):
                 if isinstance(item, Exception | str):
                     if item != "known":
                         self.tally.skip(p, row["name"] or f"item {p}", item)
@@ -404,7 +432,7 @@ class Pictures:
             beside = {"label": _number}.get(self.beside, lambda value: value)
             return [{"image": row["image"], "beside": beside(row[self.beside]) if self.beside else 0, "name": row["name"]} for row in found]
         entries = self.table[positions][self.column] if positions else []
-        path = lambda e: e if isinstance(e, str) else (e or {}).get("path") or ""
+        path = lambda e: e if isinstance(e, str) else e.get("path") or "" if isinstance(e, dict) else ""
         return [{"image": e, "beside": self.captions[p], "name": Path(path(e)).name} for p, e in zip(positions, entries)]
 
     def _entry(self, position: int):
@@ -413,17 +441,20 @@ class Pictures:
     def _shape(self, position: int) -> tuple[int, int]:
         return self.shapes[self.bucket[position]] if self.bucket else self.size
 
-    def _open(self, position: int, row: dict):
+    def _at(self, position: int, shape: tuple[int, int]):
+        return position if shape == self._shape(position) else (position, shape)
+
+    def _open(self, position: int, row: dict, shape: tuple[int, int]):
         """(key, (function giving the entry, shape, pixels or None)) of one row, or what is wrong with it; runs in a thread."""
         if position in self.tally.bad:
             return "known"
-        shape = self._shape(position)
         try:
-            key = self.keys.get(position)
+            at = self._at(position, shape)
+            key = self.keys.get(at)
             if key is None:
                 key = digest(_bytes(row["image"]), f"{shape} {self.frames if self.moving else 1} {self.spec.fps}")
                 if self.stream is None:
-                    self.keys[position] = key
+                    self.keys[at] = key
             pixels = None if key in self.cache else self.ready.get(key)
             return key, (lambda: row["image"], shape, self._decode(row["image"], shape) if pixels is None and key not in self.cache else pixels)
         except UserError:
@@ -464,7 +495,9 @@ def _undecoded(table, column: str):
 
 
 def _bytes(entry) -> bytes:
-    """The file behind an entry of a table: {"bytes", "path"}, or a path."""
+    """The file behind an entry of a table: {"bytes", "path"}, a path, or the bytes themselves."""
+    if isinstance(entry, bytes):
+        return entry
     if isinstance(entry, str):
         return Path(entry).read_bytes()
     if entry is None:

@@ -5,7 +5,7 @@
 
 caption, image, video, label: the column (or `column.key` of a column of objects) where it is not one of the usual names;
 config: of a Hub set that has several; stream: read forwards without downloading (Hub sets and shards: yes) or as a whole (all else);
-buffer: rows of a stream that are shuffled among each other; buckets: pictures keep their aspect ratio (see `buckets`); fps: frames a second that clips are thinned to."""
+buffer: rows of a stream that are shuffled among each other (1024, of clips 64); buckets: pictures keep their aspect ratio (see `buckets`); fps: frames a second that clips are thinned to."""
 from __future__ import annotations
 
 import re
@@ -28,7 +28,7 @@ class Spec:
     label: str = ""
     config: str = ""
     stream: bool | None = None    # None: as the kind of place has it
-    buffer: int = 1024
+    buffer: int = 0               # 0: 1024, or 64 of clips
     buckets: bool = False
     fps: float = 0.0              # 0: every frame
 
@@ -81,8 +81,22 @@ def parse(text: str | Path) -> Spec:
                 raise UserError(f"--data {text}: {name} is a number, not {value!r}") from None
             if options[name] <= 0:
                 raise UserError(f"--data {text}: {name} must be above 0")
-    if "config" in options:
-        from . import is_local
-        if is_local(place):
-            raise UserError(f"--data {text}: config names one of several parts of a Hub set, and {place} is none: leave it out")
-    return Spec(place, **options)
+    spec = Spec(place, **options)
+    if why := _unused(spec, options):
+        raise UserError(f"--data {text}: {why}: leave it out")
+    return spec
+
+
+def _unused(spec: Spec, options: dict) -> str:
+    """Why one of the options given says nothing about this place; "" where all do."""
+    from . import BUILT_IN, is_local
+    place = spec.place
+    if place.endswith(".txt"):
+        return f"{next(iter(options))} is for tables, pictures and clips, and {place} is a list of prompts"
+    if "config" in options and is_local(place):
+        return f"config names one of several parts of a Hub set, and {place} is none"
+    if spec.stream and (place.partition(":")[0] in BUILT_IN or Path(place).is_dir()):
+        return f"{place} is read item by item, as they are needed, and not as a stream"
+    if "buffer" in options and not (spec.stream if spec.stream is not None else place.endswith(".tar") or not is_local(place)):
+        return f"buffer shuffles the rows of a stream, and {place} is read as a whole and shuffled as a whole"
+    return ""

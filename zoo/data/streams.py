@@ -18,6 +18,9 @@ from ..errors import UserError
 from .tally import Tally
 
 
+BUFFER = {"video": 64}         # rows of a window: 1024 pictures or captions, fewer clips, whose bytes are held for a window or two
+
+
 class Stream:
     """parts: one function per file, each giving a fresh iterator of its rows; name: for messages; window: rows shuffled together;
     columns: what was found ("caption", "label", "image") and under which of the `names` of the source; files: names of the parts, where known."""
@@ -107,8 +110,11 @@ class Stream:
     def _read_notes(self) -> dict[int, int]:
         if self.notes is None or not self.notes.is_file():
             return {}
-        known = json.loads(self.notes.read_text())
-        return {int(k): v for k, v in known["rows"].items()} if known["files"] == len(self.parts) else {}
+        try:
+            known = json.loads(self.notes.read_text())
+            return {int(k): int(v) for k, v in known["rows"].items()} if known["files"] == len(self.parts) else {}
+        except (ValueError, TypeError, KeyError, AttributeError):          # cut off by a machine that went down: the files are counted anew
+            return {}
 
     def _write_notes(self) -> None:
         if self.notes is None:
@@ -129,10 +135,26 @@ def field(row: dict, column: str):
     return value
 
 
-def open_stream(spec, notes: Path | None = None, images: bool = True, beside: str = "caption") -> Stream:
-    """A Stream of dicts image (where `images`), name and `beside`, which is caption or label or "" for none, from tar shards, a local table or a
-    Hub set. Raises UserError when there is nothing to read, and for columns asked for that are not there."""
-    from datasets import Image, load_dataset
+def candidates(features: dict, column: str) -> list[str]:
+    """Names of the fields that may be the pictures ("image") or the clips ("video") of a set: the usual one first, then by type, or by the
+    extension that members of shards are named by."""
+    from datasets import Image, Video
+
+    from .clips import ANIMATED, VIDEO_TYPES
+    names = sorted(k for k in features if not k.startswith("__"))
+    if column == "image":
+        found = [k for k in names if isinstance(features[k], Image)]
+    else:
+        films = [k for k in names if isinstance(features[k], Video) or f".{k}" in VIDEO_TYPES - ANIMATED]
+        found = films + [k for k in names if f".{k}" in ANIMATED]
+    return [column] * (column in names) + [k for k in found if k != column]
+
+
+def open_stream(spec, notes: Path | None = None, column: str = "image", beside: str = "caption") -> Stream:
+    """A Stream of dicts image (of what `column`, "image" or "video", names; None for ""), name and `beside`, which is caption or label or ""
+    for none, from tar shards, a local table or a Hub set. Raises UserError when there is nothing to read, and for columns asked for that are
+    not there."""
+    from datasets import Image, Video, load_dataset
 
     from . import CAPTIONS, LABELS, TABLE_TYPES, unreachable
     shards, path = spec.shards, Path(spec.place)
@@ -155,25 +177,32 @@ def open_stream(spec, notes: Path | None = None, images: bool = True, beside: st
     names = sorted(k for k in features if not k.startswith("__"))
     inner = {k: [f"{k}.{c}" for c in v] for k, v in features.items() if isinstance(v, dict) and not k.startswith("__")}
     every = [c for k in names for c in (inner.get(k) or [k])]
-    pictures = [k for k in names if isinstance(features[k], Image)]
-    image = _column(spec.place, "image", spec.image, (["image"] if "image" in names else []) + pictures, every)
+    picture = _column(spec.place, column, spec.video if column == "video" else spec.image, candidates(features, column), every) if column else ""
     usual = [*CAPTIONS, "txt", *(f"{k}.{c}" for k in names for c in CAPTIONS)]
     caption = _column(spec.place, "caption", spec.caption, [c for c in usual if c in every], every) if beside == "caption" else ""
     usual = [*LABELS, *(f"{k}.{c}" for k in names for c in LABELS)]
     label = _column(spec.place, "label", spec.label, [c for c in usual if c in every], every) if beside == "label" else ""
-    if not images:
+    if not column:
         table = table.select_columns(sorted({caption.split(".")[0] if caption and caption not in features else caption} - {""}
                                             | ({"__key__"} & set(features)))) if caption else table
-    for k in pictures if images else ():
-        table = table.cast_column(k, Image(decode=False))
+    for k in names if column else ():          # bytes, decoded where they are wanted
+        if isinstance(features[k], Image | Video):
+            table = table.cast_column(k, type(features[k])(decode=False))
 
     def part(i):
         rows = table.shard(num_shards=table.num_shards, index=i)
-        return lambda: ({beside: field(r, caption or label) if caption or label else "", "image": field(r, image) if image and images else None,
+        return lambda: ({beside: field(r, caption or label) if caption or label else "", "image": _file(field(r, picture), path.parent) if picture else None,
                          "name": r.get("__key__") or ""} for r in rows)
-    columns = {k: found for k, found in (("caption", caption), ("label", label), ("image", image)) if found}
+    columns = {k: found for k, found in (("caption", caption), ("label", label), (column, picture)) if found}
     files = [p.name for p in shards] if len(shards) == table.num_shards else None
-    return Stream(spec.place, [part(i) for i in range(table.num_shards)], spec.buffer, notes, columns, every, files)
+    return Stream(spec.place, [part(i) for i in range(table.num_shards)], spec.buffer or BUFFER.get(column, 1024), notes, columns, every, files)
+
+
+def _file(entry, folder: Path):
+    """{"bytes", "path"} of a picture or clip that a table holds as bytes or names by a path, relative to the table's folder."""
+    if isinstance(entry, str):
+        return {"bytes": None, "path": str(folder / entry)}
+    return {"bytes": entry, "path": None} if isinstance(entry, bytes) else entry
 
 
 def _column(place: str, what: str, asked: str, usual: list[str], names: list[str]) -> str:

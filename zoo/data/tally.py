@@ -6,6 +6,7 @@ import warnings
 from ..errors import UserError
 
 ALLOWED = 0.01
+SAID = 10             # every one of the first, then fewer and fewer
 ENOUGH = 100          # items to have seen before a share of them means something, where their number is not known
 
 
@@ -25,8 +26,9 @@ class Tally:
             return
         kind = error if isinstance(error, str) else getattr(error, "said", type(error).__name__)
         self.bad[key] = f"{name} ({kind})"
-        of = self.total or self.seen
-        if len(self.bad) > ALLOWED * (self.total or max(self.seen, ENOUGH)):
-            raise UserError(f"{len(self.bad)} of {of} {self.what} cannot be read (allowed: 1 %), the first is "
+        of, count = self.total or max(self.seen, len(self.bad)), len(self.bad)
+        if count > ALLOWED * (self.total or max(self.seen, ENOUGH)):
+            raise UserError(f"{count} of {of} {self.what} cannot be read (allowed: 1 %), the first is "
                             f"{next(iter(self.bad.values()))}: remove or replace them")
-        warnings.warn(f"skipped {len(self.bad)} of {of} {self.what} that cannot be read, this one is {self.bad[key]}", stacklevel=3)
+        if count <= SAID or count % 10 ** (len(str(count)) - 1) == 0:          # 20, 30 ... 100, 200 ...: one in a hundred of millions is a lot of lines
+            warnings.warn(f"skipped {count} of {of} {self.what} that cannot be read, this one is {self.bad[key]}", stacklevel=3)

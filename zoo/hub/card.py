@@ -8,10 +8,13 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
+from .. import energy
+from ..errors import UserError
 from . import stage
 from .contract import FLOW, STOCK_GUIDANCE, Contract
 from .lint import LICENSES, PIPELINE_TAGS, RELATIONS, check, front_matter, lint, non_commercial
@@ -21,21 +24,23 @@ from .stage import PLACE
 
 __all__ = ["LICENSES", "PIPELINE_TAGS", "PLACE", "RELATIONS", "check", "lint", "plain", "refresh", "render", "write_card"]
 
-BUILT_IN = {   # teacher -> licence, base_model, and the notices its training data asks for wherever pictures are shown
-    "emoji": ("apache-2.0", "fewstep/emoji-teacher", "emoji-3k, captioned emoji of three sets: Noto Emoji (Google, Apache-2.0), Twemoji (Twitter and "
+# Teachers of the package, which are on no Hub -> licence, where it lies in the package ("": it is made by code), and the notices its training
+# data asks for wherever pictures are shown.
+BUILT_IN = {
+    "emoji": ("apache-2.0", "assets/emoji/teacher", "emoji-3k, captioned emoji of three sets: Noto Emoji (Google, Apache-2.0), Twemoji (Twitter and "
               "contributors, CC-BY-4.0) and Fluent Emoji (Microsoft, MIT). The teacher, and so the student, was trained on all three; the pictures above "
               "imitate them."),
-    "fashion": ("mit", "fewstep/fashion-teacher", "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; Zalando SE, MIT)."),
-    "avatars": ("apache-2.0", "fewstep/avatars-teacher", "Pixel avatars drawn with DiceBear pixel-art (CC0 1.0)."),
-    "toy": ("apache-2.0", None, "Draws of a closed-form mixture of Gaussians."),
-    "text": ("apache-2.0", "fewstep/text-teacher", "The King James Version, Genesis to Esther in lower case (public domain; in the United Kingdom "
+    "fashion": ("mit", "assets/fashion/teacher", "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; Zalando SE, MIT)."),
+    "avatars": ("apache-2.0", "", "Pixel avatars drawn with DiceBear pixel-art (CC0 1.0)."),
+    "toy": ("apache-2.0", "", "Draws of a closed-form mixture of Gaussians."),
+    "text": ("apache-2.0", "assets/text/teacher", "The King James Version, Genesis to Esther in lower case (public domain; in the United Kingdom "
              "under the Crown's patent)."),
-    "toy-video": ("apache-2.0", None, "Clips of two figures drawn by the package itself."),
-    "toy-text": ("apache-2.0", None, "Draws of a closed-form Markov chain."),
+    "toy-video": ("apache-2.0", "assets/toy_video", "Clips of two figures drawn by the package itself."),
+    "toy-text": ("apache-2.0", "", "Draws of a closed-form Markov chain."),
 }
 # Of what a run knows, this is kept in the folder.
 KEPT = ("method", "command", "measured", "space", "samples", "seconds", "steps", "calls", "device", "chain", "prompts", "texts", "exported_step", "trained",
-        "peak_memory_gb", "downstream", "report")
+        "peak_memory_gb", "energy", "downstream", "report")
 
 
 def write_card(folder: Path, model, facts: dict) -> None:
@@ -68,12 +73,28 @@ def refresh(folder: str | Path) -> str:
 
 
 def render(folder: str | Path) -> str:
-    """The text of the card of an exported folder."""
+    """The text of the card of an exported folder, which may be a stranger's. Raises UserError when its record cannot be read."""
     folder = Path(folder)
     contract, record = read_record(folder)
-    facts = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("card") or _recover(folder, record)
-    front = yaml.safe_dump(_metadata(folder, contract, record, facts), sort_keys=False, allow_unicode=True)
-    return scrub(f"---\n{front}---\n\n{_body(folder, contract, record, facts)}")
+    try:
+        facts = _words(json.loads((folder / RECORD).read_text(encoding="utf-8")).get("card") or _recover(folder, record))
+        contract = replace(contract, scheduler=word(contract.scheduler), prediction=word(contract.prediction))
+        front = yaml.safe_dump(_metadata(folder, contract, record, facts), sort_keys=False, allow_unicode=True)
+        return scrub(f"---\n{front}---\n\n{_body(folder, contract, record, facts)}")
+    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"the card of {folder} cannot be rendered from its {RECORD} ({type(error).__name__}: {error}): export the student again") from error
+
+
+def word(text) -> str:
+    """A name of somebody else as it may stand in a line of Python: letters, digits, and `. - _ /`."""
+    return re.sub(r"[^\w./-]", "", str(text))
+
+
+def _words(facts: dict) -> dict:
+    """The facts with every name that is written into Python or into the metadata made one; the licence keeps its own keys alone."""
+    names = ("method", "base_model", "base_revision", "place", "pipeline", "data_id")
+    tamed = facts | {k: word(facts[k]) for k in names if facts.get(k)} | {"title": facts.get("title") or "student"}
+    return tamed | {"license": {k: str(v) for k, v in (facts.get("license") or {"license": "unknown"}).items() if k in ("license", "license_name", "license_link")}}
 
 
 # ------------------------------------------------------------------------------------------------------------- what is known
@@ -85,13 +106,28 @@ def _gather(folder, model, facts: dict) -> dict:
     data = model.data if model.data not in (None, "", name) else None
     known = {"license": _license(model), "base_model": base, "base_revision": _revision(base), "title": f"{Path(name).name}-{facts.get('method', 'student')}",
              "place": config.get("push_to_hub") or None, "data": Path(str(data)).name if data else None,
-             "data_id": str(data) if data and _hub_id(str(data)) else None, "seed": config.get("seed"), "stock": hasattr(model, "pipe"),
+             "data_id": _hub_id(re.split(r"[?:]", str(data))[0]) if data else None, "seed": config.get("seed"), "stock": hasattr(model, "pipe"),
              "lora_loads": hasattr(getattr(model, "pipe", None), "load_lora_weights") or None, "pipeline": _index(folder).get("_class_name"),
              "stock_guidance": getattr(model, "stock_guidance", None), "versions": _versions()}
+    if name not in BUILT_IN and Path(name).name in BUILT_IN:       # a folder of that name is no teacher of the package
+        known["built_in"] = False
     if getattr(model, "style", None) is not None:
         known["teacher_lora"] = style = model.style.facts() | {"license": _style_license(model.style)}
         known["license"] = _both(known["license"], style["license"])
     return kept | {k: v for k, v in known.items() if v is not None}
+
+
+def _built_in(record: dict, facts: dict) -> tuple[str, str, str] | None:
+    """The row of BUILT_IN of the student's teacher, when it is one of the package's."""
+    return BUILT_IN.get(record.get("teacher", "")) if facts.get("built_in", True) else None
+
+
+def home(folder: str | Path) -> Path | None:
+    """Where the package holds the teacher of the student at `folder`, if it is one of the package's."""
+    path = Path(folder) / RECORD
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = _built_in(data.get("student") or {}, data.get("card") or {})
+    return Path(__file__).parents[1] / known[1] if known and known[1] else None
 
 
 def _index(folder) -> dict:
@@ -104,7 +140,7 @@ def _versions() -> dict:
 
     from .. import __version__
     found = {"fewstep": __version__}
-    for name in ("torch", "diffusers", "transformers"):
+    for name in ("torch", "diffusers", "transformers", "accelerate", "peft"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -113,10 +149,8 @@ def _versions() -> dict:
 
 
 def _hub_id(name: str) -> str | None:
-    """The teacher as a Hub repository, when it is one."""
-    if name in BUILT_IN:
-        return BUILT_IN[name][1]
-    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else None
+    """The teacher as a Hub repository, when it is one: those of the package are not."""
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def _revision(repo: str | None) -> str | None:
@@ -172,7 +206,8 @@ def _recover(folder: Path, record: dict) -> dict:
         data, body, _ = front_matter(path.read_text(encoding="utf-8"))
         data = data or {}
         facts["license"] = {k: data[k] for k in ("license", "license_name", "license_link") if data.get(k)}
-        facts["base_model"] = data.get("base_model")
+        bases = data.get("base_model")
+        facts["base_model"] = bases[0] if isinstance(bases, list) and bases else bases
         if data.get("widget"):
             facts["prompts"] = str(data["widget"][0].get("text", "")).split(", ")
         facts |= _read_body(body)
@@ -202,6 +237,10 @@ def _read_body(body: str) -> dict:
         found["device"] = lines["device"]
     if seconds := re.match(r"([\d.]+) s", lines.get("training time", "")):
         found["seconds"] = float(seconds[1])
+    if re.fullmatch(r"\d+", lines.get("seed", "")):
+        found["seed"] = int(lines["seed"])
+    if versions := dict(re.findall(r"([\w-]+) (\d[\w.+]*)", lines.get("versions", ""))):
+        found["versions"] = versions
     return found
 
 
@@ -218,8 +257,8 @@ def _metadata(folder: Path, contract: Contract, record: dict, facts: dict) -> di
     task = _task(family, facts.get("pipeline"))
     if task:
         data["pipeline_tag"] = task
-    if facts.get("base_model"):
-        style = (facts.get("teacher_lora") or {}).get("repo")
+    if facts.get("base_model") and not _built_in(record, facts):
+        style = word((facts.get("teacher_lora") or {}).get("repo") or "")
         data |= {"base_model": [facts["base_model"], style] if style else facts["base_model"],
                  "base_model_relation": "adapter" if record["lora_rank"] else "finetune"}
     if facts.get("data_id"):
@@ -280,7 +319,7 @@ def _table(rows: list[dict]) -> str:
         if isinstance(v, float) and math.isfinite(v):
             return f"{v:.4g}"
         return str(v) if re.fullmatch(r"[\w .,+-]*", str(v)) else plain(v)
-    return "\n".join(["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    return "\n".join(["| " + " | ".join(map(show, keys)) + " |", "|" + "---|" * len(keys)]
                      + ["| " + " | ".join(show(r.get(k)) for k in keys) + " |" for r in rows])
 
 
@@ -340,7 +379,7 @@ def _how(contract: Contract, record: dict, facts: dict, folds: bool) -> list[str
     if record["slot"] == "guidance" and record["slot_weights"] == "unet":
         lo, hi = contract.guidance_range
         lines.append(f"It takes the guidance scale as an input: pass `guidance_scale` between {lo:g} and {hi:g}, best about {contract.guidance:g} "
-                     f"(unsaid, the pipeline takes {facts.get('stock_guidance', STOCK_GUIDANCE)}).")
+                     f"(unsaid, the pipeline takes {float(facts.get('stock_guidance', STOCK_GUIDANCE)):g}).")
     elif folds:
         lines.append("`guidance_scale` has no effect: guidance is distilled in and the network is called once per step.")
     if record["slot_weights"] in SLOT_FOLDERS.values():
@@ -396,9 +435,9 @@ def _body(folder: Path, contract: Contract, record: dict, facts: dict) -> str:
     parts += _use(folder, contract, record, facts, place, most, prompts[0], teacher_name)
     if facts.get("teacher_lora"):
         parts.append(_styled(contract, record, facts, place, most, prompts[0]))
-    parts += _downstream(facts)
-    parts.append(_training(facts))
-    notice = BUILT_IN.get(teacher_name, (0, 0, "The teacher's own; see its card."))[2]
+    parts += _downstream(contract, facts)
+    parts.append(_training(record, facts))
+    notice = (_built_in(record, facts) or (0, 0, "The teacher's own; see its card."))[2]
     kept = [n for n in ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "USE_POLICY.md", "safety_checker") if (folder / n).exists()]
     parts.append(f"## Data and attribution\n\n{notice}" + (f" Distilled on {code(facts['data'])}." if facts.get("data") else "")
                  + (f" Kept from the teacher: {', '.join(f'`{n}`' for n in kept)}." if kept else ""))
@@ -412,14 +451,16 @@ def _body(folder: Path, contract: Contract, record: dict, facts: dict) -> str:
 
 
 def _head(contract, record, facts, teacher_name, folds) -> str:
-    teacher = code(Path(teacher_name).name) + (", the teacher shipped in the package" if teacher_name in BUILT_IN else "")
+    home = _built_in(record, facts)
+    teacher = code(Path(teacher_name).name) + ("" if not home else f", a teacher that is on no Hub: it is in the package, at `zoo/{home[1]}`" if home[1]
+                                               else ", a teacher made by the package's code")
     first = _first(contract, record, facts)
     title = f"# {plain(facts['title'])}\n\n"
     if first:
         title += "> **Read this first.** With stock diffusers " + "; ".join(first) + ".\n\n"
     style = facts.get("teacher_lora")
     with_style = f" with the style LoRA {code(style['name'])} at scale {style['scale']:g}" if style else ""
-    by = f" by `{facts['method']}`" if facts.get("method") else ""
+    by = f" by {code(facts['method'])}" if facts.get("method") else ""
     return (title + f"A student of {_few(contract)} steps distilled{by} from {teacher}{with_style}"
             + (f"; a LoRA of rank {record['lora_rank']}" if record["lora_rank"] else "") + ".\n"
             + "\n".join(f"- {line}" for line in _how(contract, record, facts, folds)))
@@ -427,7 +468,7 @@ def _head(contract, record, facts, teacher_name, folds) -> str:
 
 def verdict(report: dict) -> str:
     """The verdict of the run and what it rests on; prompts are somebody else's text."""
-    lines = [f"- {name}: {'yes' if part['ok'] else 'no'}; {plain(part['text'])}" for name, part in report["parts"].items()]
+    lines = [f"- {plain(name)}: {'yes' if part['ok'] else 'no'}; {plain(part['text'])}" for name, part in report["parts"].items()]
     lines += [f"- stacking: not measured, {plain(report['stacked'])}"] if report.get("stacked") else []
     return f"**{plain(report['verdict'].split(':')[0])}**\n\n" + "\n".join(lines) + f"\n\n{plain(report['rule'])}"
 
@@ -435,25 +476,25 @@ def verdict(report: dict) -> str:
 def _styled(contract, record, facts, place, most, prompt) -> str:
     """What the style LoRA of the teacher is in this student, and how the two are used together."""
     style, said = facts["teacher_lora"], "the card of the LoRA states no licence"
+    imports, base = _base(record, facts)
     if style.get("license"):
         said = f"the LoRA's licence: {plain(style['license'].get('license_name') or style['license']['license'])}"
-    parts = ", ".join(f"`{p}`" for p in style["parts"])
+    parts = ", ".join(map(code, style["parts"]))
     head = f"## The style LoRA\n\nThe teacher was its base model with {code(style['name'])} added to its weights ({parts}) {style['scale']:g} times; {said}. "
     if not record["lora_rank"]:
         return head + "This student has full weights, and the style is part of them: do not load the LoRA again."
     if not (facts.get("lora_loads") and facts.get("stock")) or record["slot"]:
         return head + "The fused folder holds base, style and student: do not load the LoRA again."
-    base = facts.get("base_model") or "path/to/teacher"
-    where = f'"{style["repo"]}"' if style.get("repo") else '"path/to/folder"'
+    where = f'"{word(style["repo"])}"' if style.get("repo") else '"path/to/folder"'
     call = ", ".join(f"{k}={v!r}" for k, v in (contract.stock_call(most) | {"guidance_scale": contract.stock_call(most).get("guidance_scale", 1)}).items())
     return head + f"""The fused folder holds base, style and student: do not load the LoRA on it again. `{LORA_WEIGHTS}` holds the student alone, without the
 style: on the plain base it makes few steps of the base's own look (it was not trained for that), and with the style on top it is exactly the trained student:
 
 ```python
-from diffusers import DiffusionPipeline, {contract.scheduler}
+{imports}from diffusers import DiffusionPipeline, {contract.scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
-pipe.load_lora_weights({where}, weight_name="{style['file']}", adapter_name="style")
+pipe = DiffusionPipeline.from_pretrained({base})
+pipe.load_lora_weights({where}, weight_name="{word(style['file'])}", adapter_name="style")
 pipe.load_lora_weights("{place}", weight_name="{LORA_WEIGHTS}", adapter_name="student")
 pipe.set_adapters(["style", "student"], [{style['scale']:g}, {contract.lora_scale:g}])        # the first number is yours to change
 pipe.scheduler = {contract.scheduler}.from_pretrained("{place}", subfolder="scheduler")
@@ -462,7 +503,7 @@ image = pipe({json.dumps(prompt, ensure_ascii=False)}, {call}).images[0]
 
 
 def _measured(facts, unmask) -> str:
-    note = f"{facts['samples']} samples; " if facts.get("samples") else ""
+    note = f"{int(facts['samples'])} samples; " if facts.get("samples") else ""
     timed = facts.get("device") and any("seconds_per_image" in r for r in facts["measured"])
     on = f" Seconds are of one picture in a batch on {plain(facts['device'])}." if timed else ""
     diversity = " `diversity` is the spread over seeds of one prompt, 1 being the teacher's." if any("diversity" in r for r in facts["measured"]) else ""
@@ -482,23 +523,59 @@ MEASURES = {
     "found": "share of pictures nearest to the picture that stands in for words, among all of them; `student without it` is the same call at scale 0, "
              "which is chance",
 }
-NO_USES = {"ConsistencyModelPipeline": "stock diffusers has no image to image, LoRA, ControlNet or IP-Adapter for it"}
+# What stock diffusers has for pipelines of a class, besides the plain call: (image to image with `strength`, LoRA, ControlNet, IP-Adapter).
+# Of diffusers 0.42; tests/hub/test_stock.py holds it against the installed one.
+IMG2IMG = "image to image"
+USES = (IMG2IMG, "style LoRA", "ControlNet", "IP-Adapter")
+STOCK_USES = {
+    "StableDiffusionPipeline": ("StableDiffusionImg2ImgPipeline", True, "StableDiffusionControlNetPipeline", True),
+    "LatentConsistencyModelPipeline": ("LatentConsistencyModelImg2ImgPipeline", True, "", True),
+    "StableDiffusionXLPipeline": ("StableDiffusionXLImg2ImgPipeline", True, "StableDiffusionXLControlNetPipeline", True),
+    "StableDiffusion3Pipeline": ("StableDiffusion3Img2ImgPipeline", True, "StableDiffusion3ControlNetPipeline", True),
+    "FluxPipeline": ("FluxImg2ImgPipeline", True, "FluxControlNetPipeline", True),
+    "Flux2KleinPipeline": ("", True, "", False),
+    "QwenImagePipeline": ("QwenImageImg2ImgPipeline", True, "QwenImageControlNetPipeline", False),
+    "ZImagePipeline": ("ZImageImg2ImgPipeline", True, "ZImageControlNetPipeline", False),
+    "SanaPipeline": ("", True, "SanaControlNetPipeline", False),
+    "WanPipeline": ("WanVideoToVideoPipeline", True, "", False),
+    "CogVideoXPipeline": ("CogVideoXVideoToVideoPipeline", True, "", False),
+    "LTXPipeline": ("", True, "", False),
+    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "DiTPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline"), ("", False, "", False)),
+}
 
 
-def _downstream(facts: dict) -> list[str]:
-    """The section on uses besides the plain call; empty where nothing is known."""
+def _downstream(contract: Contract, facts: dict) -> list[str]:
+    """The section on uses besides the plain call: what was measured, and of the rest what stock diffusers has for the family."""
     rows, title = facts.get("downstream") or [], "## Beyond the plain call\n\n"
+    if contract.sampler == "unmask":
+        return []
     if not rows:
-        none = NO_USES.get(facts.get("pipeline") or "")
-        return [f"{title}The student is a {facts['pipeline']}: {none}."] if none else []
+        return [title + _stock_uses(facts.get("pipeline") if facts.get("stock") and contract.sampler != "causal" else None)]
     used = {r.get("measure") for r in rows}
     said = "".join(f"\n- `{name}`: {what}." for name, what in MEASURES.items() if name in used)
     refused = " `refused`: so few steps leave none of that strength, and the stock call raises." if any("refused" in r.values() for r in rows) else ""
-    names = {"distance": "image to image", "follows": "style LoRA", "overlap": "ControlNet", "found": "IP-Adapter"}
+    names = dict(zip(("distance", "follows", "overlap", "found"), USES))
     left = [use for name, use in names.items() if name not in used]
     adapters = " The adapters were trained on the teacher and never saw the student." if used & {"follows", "overlap", "found"} else ""
     head = "Measured on the exported folder with stock pipelines, the same call on the same noise for all."
     return [f"{title}{head}{adapters}{refused}\n{said}\n\n{_table(rows)}" + (f"\n\nNot measured: {', '.join(left)}." if left else "")]
+
+
+def _stock_uses(pipeline: str | None) -> str:
+    """What there is, none of it measured. pipeline: the stock class that samples the student, if one does."""
+    if not pipeline:
+        return f"No stock pipeline samples this student, and so none has {', '.join(USES[:3])} or {USES[3]} for it."
+    has = STOCK_USES.get(pipeline)
+    if has is None:
+        return f"{', '.join(USES)}: not measured for this student; see what diffusers has for {code(pipeline)}."
+    how = dict(zip(USES, (has[0], "load_lora_weights" if has[1] else "", has[2], "load_ip_adapter" if has[3] else "")))
+    there = [f"{use} (`{name}`)" for use, name in how.items() if name]
+    missing = [use + " by `strength`" * (use == IMG2IMG) for use, name in how.items() if not name]
+    if not there:
+        return f"The student is a {pipeline}: stock diffusers has no {', '.join(missing[:-1])} or {missing[-1]} for it."
+    few = " Image to image of k steps takes k times `strength` of them, rounded down: at least one must be left." if has[0] else ""
+    return (f"Not measured for this student. Stock diffusers has for the family: {', '.join(there)}" + (f"; it has no {', '.join(missing)}." if missing else ".")
+            + f" They are made for many steps of the teacher, and what few steps leave of them is to be tried.{few}")
 
 
 def _contract_part(contract, facts, unmask) -> str:
@@ -521,7 +598,7 @@ def _use(folder, contract, record, facts, place, most, prompt, teacher_name) -> 
     if contract.sampler == "unmask":
         return [_TOKEN_USE.format(place=place, most=most)]
     if contract.sampler == "causal":
-        return [_VIDEO_USE.format(place=place, prompt=json.dumps(prompt, ensure_ascii=False), layout=", ".join(f"{k} {v}" for k, v in contract.layout.items()))]
+        return [_VIDEO_USE.format(place=place, prompt=json.dumps(prompt, ensure_ascii=False), layout=", ".join(f"{plain(k)} {plain(v)}" for k, v in contract.layout.items()))]
     if family == "custom":
         return ["## Use\n\n`custom.safetensors` holds the weights of the teacher's own module class: load them into it (`load_state_dict`) and "
                 "sample by the contract."]
@@ -539,13 +616,13 @@ def _use(folder, contract, record, facts, place, most, prompt, teacher_name) -> 
     elif record["lora_rank"]:
         parts.append("## Use")
     if record["lora_rank"] and (folder / LORA_WEIGHTS).exists() and facts.get("lora_loads", family == "sd"):
-        base = facts.get("base_model") or "path/to/teacher"
+        imports, base = _base(record, facts)
         pin = f", revision=\"{facts['base_revision']}\"" if facts.get("base_revision") else ""
         scale = f"\npipe.fuse_lora(lora_scale={contract.lora_scale:g})" if contract.lora_scale != 1 else ""
         given = contract.stock_call(most)
         said = ", ".join(f"{k}={v!r}" for k, v in (given | {"guidance_scale": given.get("guidance_scale", 1)}).items())
         parts.append("As a LoRA on the teacher (`guidance_scale=1`, since only the fused folder switches guidance off by itself):\n\n```python\n"
-                     f"from diffusers import DiffusionPipeline, {contract.scheduler}\n\npipe = DiffusionPipeline.from_pretrained(\"{base}\"{pin})\n"
+                     f"{imports}from diffusers import DiffusionPipeline, {contract.scheduler}\n\npipe = DiffusionPipeline.from_pretrained({base}{pin})\n"
                      f"pipe.load_lora_weights(\"{place}\", weight_name=\"{LORA_WEIGHTS}\"){scale}\n"
                      f"pipe.scheduler = {contract.scheduler}.from_pretrained(\"{place}\", subfolder=\"scheduler\")\n"
                      f"image = pipe({call}, {said}).images[0]\n```")
@@ -556,18 +633,38 @@ def _use(folder, contract, record, facts, place, most, prompt, teacher_name) -> 
     return parts
 
 
-def _training(facts) -> str:
-    seconds = facts.get("seconds")
+def _base(record: dict, facts: dict) -> tuple[str, str]:
+    """(line of imports, expression) by which Python finds the base model."""
+    at = (_built_in(record, facts) or ("", ""))[1]
+    return ("import zoo\n", f'zoo.__path__[0] + "/{at}"') if at else ("", f'"{facts.get("base_model") or "path/to/teacher"}"')
+
+
+def _drawn_on(record: dict, facts: dict) -> str:
+    """What the run read besides the teacher's weights."""
+    from ..registry import METHODS
+    needs = next((m.needs for m in METHODS if m.name == facts.get("method")), "")
+    if _call(record["family"], facts.get("pipeline"), "").startswith("class_labels"):
+        needs = needs.replace("prompts", "classes")
+    own = f"the teacher's own ({code(record['teacher'])})" if _built_in(record, facts) else "not recorded"
+    return (code(facts["data"]) if facts.get("data") else own) + (f"; the method takes {needs}" if needs else "")
+
+
+def _training(record: dict, facts: dict) -> str:
+    """What it takes to train it again, and what it cost. What a run did not keep is said not to be recorded, never guessed."""
+    seconds, none = facts.get("seconds"), "not recorded"
+    versions = {name: "not recorded" for name in ("fewstep", "torch", "diffusers")} | (facts.get("versions") or {})
     time = None if not seconds else f"{seconds:.0f} s" + (f" ({seconds / 3600:.2g} h)" if seconds >= 600 else "")
     count = lambda n: f"{n / 1e6:.3g} M" if n >= 1e6 else str(n)
-    made = [("command", code(facts["command"]) if facts.get("command") else None), ("started from", " -> ".join(map(plain, facts.get("chain") or []))),
-            ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")), ("seed", facts.get("seed")),
+    made = [("command", code(facts["command"]) if facts.get("command") else none), ("started from", " -> ".join(map(str, facts.get("chain") or []))),
+            ("data", _drawn_on(record, facts)), ("seed", facts.get("seed", none)), ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+            ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")),
             ("network calls", count(facts["calls"]) if facts.get("calls") else None),
             ("trained parameters", ", ".join(f"{k} {count(v)}" for k, v in (facts.get("trained") or {}).items())),
-            ("training time", time), ("device", plain(facts["device"]) if facts.get("device") else None),
+            ("training time", time), ("device", facts.get("device")),
             ("peak memory", f"{facts['peak_memory_gb']:.2g} GB" if facts.get("peak_memory_gb") else None),
-            ("energy", "not measured" if seconds else None), ("versions", ", ".join(f"{k} {v}" for k, v in (facts.get("versions") or {}).items()))]
-    return "## Training\n\n" + ("\n".join(f"- {k}: {v}" for k, v in made if v not in (None, "")) or "- not recorded")
+            ("energy", energy.text(facts.get("energy")))]
+    text = lambda name, v: v if name in ("command", "data") else plain(v)          # those are code spans already
+    return "## Training\n\n" + "\n".join(f"- {k}: {text(k, v)}" for k, v in made if v not in (None, ""))
 
 
 def _citation(method: str | None) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import UserError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SCHEMA = 2
 Sampler = Literal["renoise", "ode", "jump", "tcd", "unmask", "causal"]
 STOCK_GUIDANCE = 7.5      # what a stock Stable Diffusion pipeline uses when nothing is said
+GRID_ARGUMENTS = ("sigmas", "timesteps")          # of a stock call: they name the times, and mean nothing for another number of steps
+CALL = {*GRID_ARGUMENTS, "eta", "guidance_scale", "true_cfg_scale", "max_sequence_length", "height", "width", "num_frames"}    # what `call` may hold
 FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler"}
 
 
@@ -28,7 +30,7 @@ class Contract:
     sampler: rule between knots (rollout.sample; "tcd": a deterministic move past the next knot, then noise back up to it);
     knots: number of steps -> the stock scheduler's timesteps, noise to data; guidance: the value to pass to the stock call;
     guidance_range: scales a guidance-embedding student was trained on; prediction: reading of the network in diffusers' words;
-    scheduler: stock class serving it; lora_scale: weight of the LoRA file; shift: of a flow scheduler;
+    scheduler: stock class serving it; dtype: what it is opened in; lora_scale: weight of the LoRA file; shift: of a flow scheduler;
     grid: who makes the stock timesteps, the "scheduler" from the number of steps, or the "pipeline", which hands linspace(1, 1/k, k) to it;
     call: number of steps -> what a stock call must be given besides that number (sigmas, eta), where a plain one would be wrong;
     layout: causal video students, the fields of rollout_causal.Layout and the shape [F, C, H, W] of the clips it was trained on."""
@@ -55,13 +57,37 @@ class Contract:
     @classmethod
     def from_json(cls, data: dict) -> "Contract":
         """Inverse of `to_json`, older schemas included (`MIGRATIONS`); keys that are no field are ignored. Raises UserError for a newer schema."""
-        data = migrated(data)
-        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        known["knots"] = {int(k): tuple(v) for k, v in known["knots"].items()}
-        known["call"] = {int(k): dict(v) for k, v in known["call"].items()}
-        if known.get("guidance_range"):
-            known["guidance_range"] = tuple(known["guidance_range"])
-        return cls(**known)
+        try:
+            data = migrated(data)
+            known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+            known["knots"] = {int(k): tuple(v) for k, v in known["knots"].items()}
+            known["call"] = {int(k): dict(v) for k, v in known["call"].items()}
+            if known.get("guidance_range"):
+                known["guidance_range"] = tuple(map(float, known["guidance_range"]))
+            contract = cls(**known)
+            complaint = contract._complaint()
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"this student's contract cannot be read ({type(error).__name__}: {error}): export it again") from error
+        if complaint:
+            raise UserError(f"this student's contract {complaint}, which no export writes: export it again, or do not trust it")
+        return contract
+
+    def _complaint(self) -> str | None:
+        """What no trainer would have written: a contract may come from a stranger's repository, and its values reach a call."""
+        if not self.knots or any(k < 1 or len(v) != k or any(a <= b for a, b in zip(v, v[1:])) for k, v in self.knots.items()):
+            return f"has knots {self.knots}"
+        if self.sampler not in get_args(Sampler):
+            return f"has the sampler {self.sampler!r}"
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            return f"has the dtype {self.dtype!r}"
+        numbers = [self.guidance, self.lora_scale, self.shift, *(self.guidance_range or ()), *(x for v in self.knots.values() for x in v)]
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+            return f"holds a number that is none ({numbers})"
+        if strange := sorted({key for told in self.call.values() for key in told} - CALL):
+            return f"tells its calls {', '.join(map(str, strange))}"
+        return None
 
     @property
     def steps(self) -> list[int]:
@@ -71,13 +97,38 @@ class Contract:
     def check(self, num_inference_steps: int) -> None:
         """Raise UserError unless the student was trained for this many steps."""
         if num_inference_steps not in self.knots:
-            raise UserError(f"trained for {', '.join(map(str, self.steps))} step{'s' * (self.steps != [1])}, not {num_inference_steps}")
+            raise UserError(f"{self._trained()}, not {num_inference_steps}")
 
     def times(self, num_inference_steps: int, process: Process) -> torch.Tensor:
         """The knots as process times [k] (float64), for rollout.sample."""
         import torch
         self.check(num_inference_steps)
         return process.from_timestep(torch.tensor(self.knots[num_inference_steps], dtype=torch.float64))
+
+    def times_for(self, num_inference_steps: int, process: Process) -> torch.Tensor:
+        """`times` of a count it was trained for; of another count k, k times spaced as the knots are (even, or even and shifted), for pipelines
+        that warn and do as they are told. Raises UserError where the knots are spaced by no such rule, or for no steps at all."""
+        import torch
+
+        from ..process import VP
+        k, most = num_inference_steps, max(self.knots)
+        if k in self.knots:
+            return self.times(k, process)
+        if k < 1:
+            raise UserError(f"num_inference_steps={k}: give at least 1 ({self._trained()})")
+        if isinstance(process, VP):
+            knots = [round(process.steps * (1 - i / k)) - 1 for i in range(k)]
+            rule = [round(process.steps * (1 - i / most)) - 1 for i in range(most)]
+        else:
+            s = flow_shift(self.knots[most]) or 1.0
+            shifted = lambda u: 1000 * s * u / (1 + (s - 1) * u)
+            knots, rule = [shifted(u) for u in even(k)], [shifted(u) for u in even(most)]
+        if max(abs(a - b) for a, b in zip(rule, self.knots[most])) > 0.51:
+            raise UserError(f"{self._trained()}, at times ({', '.join(f'{x:g}' for x in self.knots[most])}) that give no grid of {k}")
+        return process.from_timestep(torch.tensor(knots, dtype=torch.float64))
+
+    def _trained(self) -> str:
+        return f"trained for {', '.join(map(str, self.steps))} step{'s' * (self.steps != [1])}"
 
     def stock_call(self, num_inference_steps: int) -> dict:
         """Arguments that make a stock pipeline sample this many steps as trained."""
@@ -137,16 +188,31 @@ def scheduler_for(contract: Contract, teacher_config: dict):
     is the deterministic rule. Flow: FlowMatchLCMScheduler re-noises; FlowMatchEulerDiscreteScheduler and FlowMapEulerDiscreteScheduler
     (whose own grid is even) are the deterministic rule. Raises UserError when its timesteps would not be the knots, for any step count."""
     scheduler = _flow_scheduler(contract) if contract.scheduler in FLOW else _vp_scheduler(contract, teacher_config)
-    for k, knots in contract.knots.items():
-        got = stock_timesteps(scheduler, contract, k)
-        close = max(map(abs, (a - b for a, b in zip(got, knots))), default=0) < (1e-3 if contract.scheduler in FLOW else 1e-9)
-        # DDIM steps by num_train_timesteps // k, so its last intervals are right only when k divides the table.
-        if len(got) != len(knots) or not close or contract.scheduler not in FLOW and math.fmod(scheduler.config.num_train_timesteps, k):
-            raise UserError(f"{contract.scheduler} samples {k} steps at {got}, the student was trained at {knots}: "
-                            "use student times evenly spaced from 1, their number dividing 1000 (such as 1, 2, 4, 5 or 8)")
+    complaint = disagreement(scheduler, contract)
+    # DDIM steps by num_train_timesteps // k, so its last intervals are right only when k divides the table.
+    uneven = [k for k in contract.knots if contract.scheduler not in FLOW and math.fmod(scheduler.config.num_train_timesteps, k)]
+    if complaint or uneven:
+        raise UserError(f"{complaint or f'{contract.scheduler} has no {uneven[0]} even steps'}: "
+                        "use student times evenly spaced from 1, their number dividing 1000 (such as 1, 2, 4, 5 or 8)")
     scheduler.set_timesteps(max(contract.knots))
     scheduler.register_to_config(_fewstep=contract.to_json())
     return scheduler
+
+
+def disagreement(scheduler, contract: Contract) -> str | None:
+    """How a stock scheduler would sample otherwise than the contract says, None when it would not. It is left set to one of its step counts."""
+    if type(scheduler).__name__ != contract.scheduler:
+        return f"the scheduler is {type(scheduler).__name__}, the student was trained for {contract.scheduler}"
+    if scheduler.config.get("prediction_type", contract.prediction) != contract.prediction:
+        return f"{contract.scheduler} reads the network as {scheduler.config.prediction_type}, the student was trained as {contract.prediction}"
+    for k, knots in contract.knots.items():
+        try:
+            got = stock_timesteps(scheduler, contract, k)
+        except (ValueError, TypeError) as error:            # its own refusal of that many steps
+            return f"{contract.scheduler} does not sample {k} steps ({error})"
+        if len(got) != len(knots) or max(abs(a - b) for a, b in zip(got, knots)) >= (1e-3 if contract.scheduler in FLOW else 1e-9):
+            return f"{contract.scheduler} samples {k} steps at {got}, the student was trained at {knots}"
+    return None
 
 
 def stock_timesteps(scheduler, contract: Contract, k: int) -> tuple[float, ...]:

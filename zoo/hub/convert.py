@@ -11,8 +11,10 @@ kohya's keys are diffusers' own. Families without such a map are refused by name
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Callable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from .contract import Contract
 from .export import NOTICES
-from .record import LORA_WEIGHTS, RECORD
+from .record import LORA_WEIGHTS, RECORD, SLOT_FOLDERS, base_revision, read_record
 
 KINDS = ("lora", "fused", "comfyui", "single-file", "fp8")
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
@@ -31,43 +33,85 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def convert(source: str | Path, to: str, out: str | Path, rank: int = 64, allow_unverified: bool = False) -> dict:
+def convert(source: str | Path, to: str, out: str | Path, rank: int | None = None, teacher: str = "", allow_unverified: bool = False,
+            say: Callable[[str], None] = lambda stage: None) -> dict:
     """Write the student `source` (registered name, folder or Hub id) to `out` as one of KINDS; returns what was written and its error.
 
-    rank: of a LoRA taken from full weights. The error is the largest difference of any pixel (0 to 1) between the student's own sample
-    and the export's, same noise, at its usual step count. Raises UserError for families without a key map, naming them, and when
-    `out` exists."""
-    from diffusers import DiffusionPipeline
-
+    rank: of a LoRA taken from full weights (default 64); teacher: where a LoRA's teacher is, when the record names a folder that is not
+    here; say: is told each of the three stages as it begins. The error is the largest difference of any pixel (0 to 1) between the
+    student's own sample and that of the export opened again, same noise, at its usual step count. Raises UserError for families without a
+    key map, naming them, for options of no effect, and when `out` exists; nothing is left at `out` then."""
+    from ..calls import open_stock
     from ..loading import load
     if to not in KINDS:
         raise UserError(f"--to {to}: choose one of {', '.join(KINDS)}")
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank {rank}: give at least 1")
     out = Path(out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--out {out} exists: give a new path")
-    pipe = load(source, allow_unverified=allow_unverified)
-    if not isinstance(pipe, DiffusionPipeline) or not hasattr(pipe, "_terms"):
-        raise UserError(f"{source} is a {type(pipe).__name__}: exports are for stock diffusers pipelines")
-    pipe.set_progress_bar_config(disable=True)
-    student = _Student(pipe, Path(source) if Path(source).is_dir() else _folder_of(str(source)))
-    report = {"lora": _lora, "fused": _fused, "comfyui": _comfyui, "single-file": _single_file, "fp8": _fp8}[to](student, out, rank)
-    return {"format": to, "written": str(out), "bytes": sum(p.stat().st_size for p in ([out] if out.is_file() else out.rglob("*")) if p.is_file())} | report
+    say("opening the student")
+    student = _Student(open_stock(load(source, allow_unverified=allow_unverified), str(source), "export"), str(source), teacher)
+    _refuse(student, to, rank, out)
+    say("sampling it")
+    student.sample = student.draw(student.pipe)
+    say(f"writing {to} and sampling it again")
+    try:
+        report = {"lora": _lora, "fused": _fused, "comfyui": _comfyui, "single-file": _single_file, "fp8": _fp8}[to](student, out, rank or 64)
+        if not math.isfinite(report["maximum_error"]):
+            raise UserError(f"{source} as {to} draws pictures that are not finite, and was not kept: export it as fused")
+    except BaseException:                  # what is half written or unfit does not stay, also on Ctrl-C; `out` was not there before
+        if out.is_dir():
+            shutil.rmtree(out, ignore_errors=True)
+        else:
+            out.unlink(missing_ok=True)
+        raise
+    written = [out] if out.is_file() else sorted(p for p in out.rglob("*") if p.is_file())
+    return {"student": str(source), "format": to, "written": str(out), "bytes": sum(p.stat().st_size for p in written)} | report
 
 
-def _folder_of(name: str) -> Path | None:
-    """The local folder of a name that is not one; None for community rows, which have no folder of ours."""
-    from ..loading import _community_row, _folder
-    return None if _community_row(name) else _folder(name)
+def _refuse(student: _Student, to: str, rank: int | None, out: Path) -> None:
+    """Raise UserError for what cannot be written or would have no effect, before anything is sampled."""
+    kind, extracted = student.kind, to == "lora" and not student.has_lora
+    if to in ("lora", "comfyui") and student.has_lora or extracted:
+        if not hasattr(student.pipe, "load_lora_weights"):
+            raise UserError(f"diffusers loads no LoRA into a {kind}: export it as fused")
+    if rank is not None and not extracted:
+        raise UserError(f"--rank {rank} is of a LoRA taken from full weights (--to lora), and "
+                        + ("this student has a LoRA of its own" if student.has_lora else f"--to {to} takes none") + ": leave it out")
+    if student.given and not (extracted or student.has_lora and to in ("lora", "comfyui")):
+        raise UserError(f"--teacher {student.given}: only a LoRA is held against its teacher: leave it out")
+    if student.has_lora and to in ("lora", "comfyui") and (style := student.record.get("teacher_lora")):
+        raise UserError(f"this student's LoRA stands beside the style LoRA its teacher had ({style['name']}), and is not compared without it: "
+                        f"take {student.folder / LORA_WEIGHTS} as it is and use both as its card says, or export it as fused")
+    if extracted or student.has_lora and to in ("lora", "comfyui"):
+        student.teacher                    # its name, or why there is none
+    if to == "single-file" and kind != SD:
+        raise UserError(f"no key map of the whole pipeline is known for {kind} here: single files are written for {SD}"
+                        + (" (its UNet alone: --to comfyui)" if kind == SDXL else "") + "; export it as fused")
+    if to == "comfyui" and student.has_lora and student.part != "unet":
+        raise UserError(f"no kohya key map is known for the {student.part} of {kind} here: "
+                        f"load {student.folder / LORA_WEIGHTS} as it is, ComfyUI reads diffusers' keys of transformers")
+    if to == "comfyui" and not student.has_lora and kind not in (SD, SDXL):
+        raise UserError(f"no key map to ComfyUI's layout is known for {kind} here: it is written for full weights of {SD} and {SDXL}, and for LoRA "
+                        "students of UNets; export it as fused")
+    if to in ("lora", "fused", "fp8") and out.suffix == ".safetensors":
+        raise UserError(f"--out {out}: --to {to} writes a folder: give a path such as {out.with_suffix('')}")
 
 
 class _Student:
-    """An opened student: its pipeline, its folder (None for a community row) and its sample."""
+    """An opened student: its pipeline, its folder (None for a community row), its record and its sample."""
+    sample: Tensor
 
-    def __init__(self, pipe, folder: Path | None):
-        self.pipe, self.folder = pipe, folder
+    def __init__(self, pipe, name: str, given: str = ""):
+        from ..loading import _community_row, _folder
+        self.pipe, self.given = pipe, given
+        self.folder: Path | None = Path(name) if Path(name).is_dir() else None if _community_row(name) else _folder(name)[0]
         self.kind = type(pipe).__name__
         self.part = "unet" if hasattr(pipe, "unet") else "transformer"
-        self.sample = self.draw(pipe)
+        self.record = read_record(self.folder)[1] if self.folder and (self.folder / RECORD).exists() else {}
+        self.has_lora = bool(self.folder and (self.folder / LORA_WEIGHTS).exists())
+        pipe.set_progress_bar_config(disable=True)
 
     @property
     def network(self):
@@ -75,25 +119,30 @@ class _Student:
 
     @property
     def teacher(self) -> str:
-        record = json.loads((self.folder / RECORD).read_text())["student"] if self.folder and (self.folder / RECORD).exists() else {}
-        if not record.get("teacher"):
-            raise UserError(f"{self.folder or self.kind} does not say what it was distilled from: a LoRA needs the teacher's weights")
-        return record["teacher"]
+        """Where its teacher is: as given, or as its record says."""
+        from ..backbones import BUILT_IN
+        name = self.given or self.record.get("teacher", "")
+        if not name:
+            raise UserError(f"{self.folder or self.kind} does not say what it was distilled from: name its teacher's folder or Hub id with --teacher")
+        if not (name in BUILT_IN or Path(name).is_dir() or "/" in name and not self.given.startswith((".", "/", "~"))):
+            raise UserError(f"the teacher {name} is not here: name its folder or Hub id with --teacher")
+        return name
 
     def draw(self, pipe, **extra) -> Tensor:
         """One sample of `pipe` as the contract has it, from a fixed seed."""
         import inspect
+
+        from ..calls import draw, takes
         terms = self.pipe._terms
         accepts = inspect.signature(type(pipe).__call__).parameters
-        what = {"prompt": "a red heart"} if "prompt" in accepts else {"class_labels": [0]} if pipe.unet.config.num_class_embeds else {}
-        call = {"num_inference_steps": terms.usual, "output_type": "np",
-                "generator": torch.Generator().manual_seed(0)} | terms.extra | terms.per_step.get(terms.usual, {})
+        what = {"prompt": {"prompt": "a red heart"}, "class": {"class_labels": [0]}, "nothing": {}}[takes(self.pipe)]
+        call = {"output_type": "np"} | terms.extra | terms.per_step.get(terms.usual, {})
         if terms.usual in terms.timesteps:
             call["timesteps"] = list(terms.timesteps[terms.usual])
         if terms.argument in accepts:
             call[terms.argument] = terms.guidance
         pipe.set_progress_bar_config(disable=True)
-        out = pipe(**what, **(call | extra))
+        out = draw(pipe, what | call | extra, terms.usual, 0)
         return torch.as_tensor(out.images if hasattr(out, "images") else out.frames).float()
 
     def error(self, pipe, **extra) -> float:
@@ -111,12 +160,13 @@ def _fp8(student: _Student, out: Path, rank: int) -> dict:
     """Matrices and kernels in float8; vectors (biases, norms) keep their precision, they weigh nothing and carry scales."""
     _save(student, student.pipe, out)
     stored = kept = 0
-    for path in sorted((out / student.part).glob("*.safetensors")):
+    parts = [p for p in ("unet", "transformer", "transformer_2") if getattr(student.pipe, p, None) is not None]
+    for path in sorted(p for part in parts for p in (out / part).glob("*.safetensors")):
         state = load_file(path)
         for name, value in state.items():
             if value.dim() >= 2 and value.is_floating_point():
                 if value.abs().max() > torch.finfo(torch.float8_e4m3fn).max:
-                    raise UserError(f"{student.part}.{name} holds values beyond {torch.finfo(torch.float8_e4m3fn).max:g}: fp8 cannot store this student")
+                    raise UserError(f"{path.parent.name}.{name} holds values beyond {torch.finfo(torch.float8_e4m3fn).max:g}: fp8 cannot store this student")
                 state[name], stored = value.to(torch.float8_e4m3fn), stored + value.numel()
             else:
                 kept += value.numel()
@@ -135,6 +185,8 @@ def _save(student: _Student, pipe, out: Path) -> None:
         if (out / RECORD).exists():
             data = json.loads((out / RECORD).read_text())
             data["student"]["lora_rank"] = 0
+            if data["student"].get("slot_weights") in SLOT_FOLDERS.values():       # the second network stays behind
+                data["student"]["slot_weights"] = None
             (out / RECORD).write_text(json.dumps(data, indent=1) + "\n")
 
 
@@ -146,7 +198,7 @@ def _open(folder: Path):
 # ----------------------------------------------------------------------------------------------------------------- LoRA
 def _lora(student: _Student, out: Path, rank: int) -> dict:
     from .stage import lora_folder
-    if student.folder and (student.folder / LORA_WEIGHTS).exists():
+    if student.has_lora:
         out.mkdir(parents=True, exist_ok=True)
         lora_folder(student.folder, out)
         report = {"kind": "the student's own LoRA"}
@@ -156,16 +208,23 @@ def _lora(student: _Student, out: Path, rank: int) -> dict:
 
 
 def _teacher(student: _Student):
+    """The teacher's pipeline, at the commit the student was made with where the record knows it."""
     from diffusers import DiffusionPipeline
 
     from ..backbones import _locate
-    return DiffusionPipeline.from_pretrained(_locate(student.teacher)[0], use_safetensors=True)
+    source = _locate(student.teacher)[0]
+    commit = base_revision(student.folder) if student.folder and not student.given and not Path(source).is_dir() else None
+    try:
+        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **({"revision": commit} if commit else {}))
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the teacher {source} cannot be opened ({reason}): name its folder with --teacher") from error
 
 
 def _on_teacher(student: _Student, out: Path):
     """The teacher with the LoRA of `out` and the student's scheduler."""
     pipe = _teacher(student)
-    pipe.load_lora_weights(str(out), weight_name=LORA_WEIGHTS)
+    pipe.load_lora_weights(str(out), weight_name=LORA_WEIGHTS, use_safetensors=True)
     pipe.scheduler = student.pipe.scheduler
     return pipe
 
@@ -174,8 +233,6 @@ def _low_rank(student: _Student, out: Path, rank: int) -> dict:
     """LoRA of rank at most `rank` nearest to student - teacher, layer by layer (SVD).
 
     Biases, norms and embeddings that were trained are not part of a LoRA: their share of the change is reported."""
-    if rank < 1:
-        raise UserError(f"--rank {rank}: give at least 1")
     base, own = getattr(_teacher(student), student.part), student.network
     before, after = base.state_dict(), own.state_dict()
     layers = {n: m for n, m in base.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and f"{n}.weight" in after}
@@ -185,6 +242,8 @@ def _low_rank(student: _Student, out: Path, rank: int) -> dict:
             if value.abs().max() > 0:
                 raise UserError(f"the student has {name}, which its teacher lacks: a LoRA cannot hold it; export it as fused")
             continue
+        if value.shape != before[name].shape:
+            raise UserError(f"{name} of the student does not fit the teacher {student.teacher}: name the teacher it was distilled from with --teacher")
         change = (value - before[name]).float()
         size = change.square().sum().item()
         total += size
@@ -227,22 +286,15 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 # -------------------------------------------------------------------------------------------------- original key layouts
 def _comfyui(student: _Student, out: Path, rank: int) -> dict:
-    if student.folder and (student.folder / LORA_WEIGHTS).exists():
+    if student.has_lora:
         return _kohya(student, out)
-    if student.kind == SDXL:
-        return _original_unet(student, out)
-    if student.kind != SD:
-        raise UserError(f"no key map to ComfyUI's layout is known for {student.kind} here: full weights of {SD} and {SDXL}, and LoRA students")
-    return _single_file(student, out, rank)
+    return _original_unet(student, out) if student.kind == SDXL else _single_file(student, out, rank)
 
 
 def _kohya(student: _Student, out: Path) -> dict:
     """The LoRA under kohya's keys, which ComfyUI, A1111 and others read."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
     from safetensors import safe_open
-    if student.part != "unet":
-        raise UserError(f"no kohya key map is known for the {student.part} of {student.kind} here: "
-                        f"load {LORA_WEIGHTS} as it is, ComfyUI reads diffusers' keys of transformers")
     state = load_file(student.folder / LORA_WEIGHTS)
     with safe_open(student.folder / LORA_WEIGHTS, "pt") as f:
         config = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -254,23 +306,19 @@ def _kohya(student: _Student, out: Path) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in kohya.items()}, path, {"format": "pt", "ss_network_module": "networks.lora"} | _terms_note(student))
     pipe = _teacher(student)
-    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
     read = {name for name, module in pipe.unet.named_modules() if hasattr(module, "lora_A")}
     lost = sorted({k.removeprefix("unet.").split(".lora_")[0] for k in state} - read)
     if lost:
-        path.unlink()
         raise UserError(f"kohya's names do not reach {', '.join(lost[:3])} of a {student.kind}, which this LoRA changes: export its whole UNet, "
                         "with --to fused and then --to comfyui of that folder")
     pipe.scheduler = student.pipe.scheduler
-    return {"maximum_error": student.error(pipe), "file": path.name, "sampler": _terms_note(student)["fewstep"]}
+    return {"maximum_error": student.error(pipe), "file": path.name, "sampler": json.loads(_terms_note(student)["fewstep"])}
 
 
 def _single_file(student: _Student, out: Path, rank: int) -> dict:
     """The whole pipeline in one file of the original layout."""
     from diffusers import StableDiffusionPipeline
-    if student.kind != SD:
-        raise UserError(f"no key map of the whole pipeline is known for {student.kind} here: single files are written for {SD}"
-                        + (" (its UNet alone: --to comfyui)" if student.kind == SDXL else ""))
     pipe = student.pipe
     unet, vae = original_unet(pipe.unet), original_vae(pipe.vae)
     text = {f"cond_stage_model.transformer.{_clip_key(k)}": v for k, v in pipe.text_encoder.state_dict().items() if not k.endswith("position_ids")}
@@ -284,7 +332,7 @@ def _single_file(student: _Student, out: Path, rank: int) -> dict:
     finally:
         shutil.rmtree(configs, ignore_errors=True)
     again.scheduler = pipe.scheduler
-    return {"maximum_error": student.error(again, guidance_scale=1.0), "file": path.name, "sampler": _terms_note(student)["fewstep"]}
+    return {"maximum_error": student.error(again, guidance_scale=1.0), "file": path.name, "sampler": json.loads(_terms_note(student)["fewstep"])}
 
 
 def _original_unet(student: _Student, out: Path) -> dict:
@@ -301,7 +349,7 @@ def _original_unet(student: _Student, out: Path) -> dict:
         error = student.error(student.pipe)
     finally:
         student.network.load_state_dict(own)
-    return {"maximum_error": error, "file": path.name, "sampler": _terms_note(student)["fewstep"]}
+    return {"maximum_error": error, "file": path.name, "sampler": json.loads(_terms_note(student)["fewstep"])}
 
 
 def _terms_note(student: _Student) -> dict[str, str]:

@@ -127,7 +127,7 @@ class Bench:
             return draw
         try:
             for pipe in both:
-                pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="downstream")
+                pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="downstream", use_safetensors=True)
             yield at
         finally:
             for pipe in both:
@@ -286,7 +286,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lora", default="", help="LoRA file made for the teacher")
     parser.add_argument("--controlnet", default="", help="folder of a ControlNetModel made for the teacher, its control a silhouette on white")
     parser.add_argument("--ip_adapter", default="", help=f"folder of an IP-Adapter made for the teacher: {IP_WEIGHTS} and image_encoder/")
+    parser.add_argument("--device", default="", help="where to sample (default: a GPU if there is one)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"pictures of each prompt (default {SEEDS})")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: give at least 1")
+    import torch
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}): give cpu, or leave it out") from error
     from ..backbones import ASSETS, BUILT_IN
     named = args.teacher or read_record(args.folder)[1]["teacher"]
     known = BUILT_IN.get(named, {})
@@ -294,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = json.loads((Path(args.folder) / RECORD).read_text(encoding="utf-8"))["card"]
     prompts = args.prompts or (facts.get("prompts") or ["fluent red heart"])[:4]
     rows = measure(args.folder, str(ASSETS / known["folder"]) if known else named, prompts, args.guidance or known.get("guidance", 7.5),
-                   Adapters(args.lora, args.controlnet, args.ip_adapter))
+                   Adapters(args.lora, args.controlnet, args.ip_adapter), device=device, seeds=args.seeds)
     print(record(args.folder, rows))
     for row in rows:
         print("  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))

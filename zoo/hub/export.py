@@ -27,7 +27,7 @@ from ..denoiser import SLOT_DIM, fold_slot
 from ..errors import UserError
 from ..process import View
 from .contract import FLOW, Contract, scheduler_for
-from .record import LORA_WEIGHTS, RECORD, SLOT_FOLDERS, WEIGHTS, read_record
+from .record import LORA_WEIGHTS, RECORD, SLOT_FOLDERS, WEIGHTS, member, read_record
 
 SLOT = ".cond_proj.weight"            # ends the name of a second scalar's projection; the time embedding is what stands before it
 
@@ -288,10 +288,10 @@ def read_student(model, module: nn.Module, role: str | None, folder: Path, slot:
 
 def _student_state(model, folder, contract, record, same_slot):
     if not hasattr(model, "pipe"):
-        state, stock = load_file(folder / f"{model.family}.safetensors"), False
+        state, stock = load_file(member(folder, f"{model.family}.safetensors")), False
     else:
-        side = record["slot_weights"] if same_slot else model.part
-        path = folder / side / WEIGHTS
+        side = (record["slot_weights"] if same_slot else model.part) or ""
+        path = member(folder, Path(side, WEIGHTS))
         if not path.exists():
             raise UserError(f"--init_student {folder} has no {side}/{WEIGHTS}: the folder is incomplete")
         state, stock = load_file(path), side == model.part
@@ -308,7 +308,10 @@ def _adapter_state(module, role, folder, record, slot):
     if record["slot"] != slot:
         raise UserError(f"--init_student {folder} has the extra input {record['slot']} and this run has {slot}: a LoRA file fits only its own kind; drop --lora to start from its fused weights")
     side = "" if record["family"] == "toy" else SLOT_FOLDERS.get(slot, "")
-    with safe_open(folder / side / LORA_WEIGHTS, "pt") as f:
+    path = member(folder, Path(side, LORA_WEIGHTS))
+    if not path.exists():
+        raise UserError(f"--init_student {folder} has no {Path(side, LORA_WEIGHTS)}: the folder is incomplete")
+    with safe_open(path, "pt") as f:
         state = {k.removeprefix("unet.").removeprefix("transformer."): f.get_tensor(k) for k in f.keys()}
     state = {k.replace(".lora_A.", f".lora_A.{role}.").replace(".lora_B.", f".lora_B.{role}."): v for k, v in state.items()}
     own = next(v for k, v in module.state_dict().items() if f".lora_A.{role}." in k)

@@ -23,7 +23,12 @@ KEYS = {  # of model and dataset cards; another key is passed over silently by t
     "instance_prompt", "thumbnail", "widget", "model-index", "co2_eq_emissions", "metrics", "language", "new_version", "model_name", "buckets",
     "extra_gated_prompt", "extra_gated_fields", "extra_gated_heading", "extra_gated_description", "extra_gated_button_content",
     "pretty_name", "task_categories", "task_ids", "size_categories", "annotations_creators", "source_datasets", "configs", "dataset_info", "viewer"}
+SHAPES = {"license": (str, "a word"), "license_name": (str, "a word"), "pipeline_tag": (str, "a word"), "library_name": (str, "a word"),
+          "base_model": ((str, list), "a Hub id or a list of them"), "base_model_relation": (str, "a word"),
+          "datasets": ((str, list), "a Hub id or a list of them"), "widget": (list, "a list"), "model-index": (list, "a list")}
 ACTIVE = re.compile(r"<(script|iframe|object|embed|style)\b|<\w[^>]*\bon\w+\s*=|(?<!\\)\]\(\s*javascript:|=\s*[\"']?javascript:", re.I)
+# Code, where markup is only text: a fence whose opening line holds no further backtick, and a span whose backticks are not escaped.
+CODE = re.compile(r"^```[^`\n]*$.*?^```|(?<!\\)`[^`\n]*`", re.S | re.M)
 ID = r"[\w.-]+/[\w.-]+|[\w.-]+"
 NON_COMMERCIAL = re.compile(r"(?<![a-z])(nc|non-?commercial|research[- ]only)(?![a-z])", re.I)
 
@@ -54,11 +59,17 @@ def lint(folder: str | Path, kind: str = "model", base_license: dict | None = No
     path = folder / "README.md"
     if not path.exists():
         return ["README.md is missing"]
-    data, body, complaint = front_matter(path.read_text(encoding="utf-8"))
+    try:
+        data, body, complaint = front_matter(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return ["README.md is not text in UTF-8"]
     if data is None:
         return [complaint]
     found = [f"{k} is missing" for k in (("license",) if kind == "dataset" else ("license", "library_name", "tags")) if not data.get(k)]
     found += [f"{k!r} is no key of a card" for k in data if k not in KEYS]
+    found += [f"{k} must be {what}" for k, (type_, what) in SHAPES.items() if data.get(k) is not None and not isinstance(data[k], type_)]
+    if found and any(" must be " in line for line in found):         # of another shape, it cannot be read further
+        return found
     found += _license(data, base_license)
     if kind == "model":
         found += _model(data, (folder / "model_index.json").exists())
@@ -105,15 +116,16 @@ def _model(data: dict, stock: bool) -> list[str]:
 def _gallery(folder: Path, data: dict, body: str) -> list[str]:
     found = []
     for item in data.get("widget") or []:
-        url = (item.get("output") or {}).get("url") if isinstance(item, dict) else None
-        if not url or not inside(url) or not (folder / url).is_file():
+        output = item.get("output") if isinstance(item, dict) else None
+        url = output.get("url") if isinstance(output, dict) else None
+        if not isinstance(url, str) or not inside(url) or not (folder / url).is_file():
             found.append(f"widget picture {url} is not in the folder")
     if "<Gallery />" in body and not data.get("widget"):
         found.append("<Gallery /> without a widget")
     for url in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", body):
         if "://" not in url and not (inside(url) and (folder / url).is_file()):
             found.append(f"picture {url} is not in the folder")
-    if ACTIVE.search(re.sub(r"^```.*?^```|`[^`\n]*`", "", body, flags=re.S | re.M)):
+    if ACTIVE.search(CODE.sub("", body)):
         found.append("the card holds active markup")
     return found
 
@@ -121,16 +133,21 @@ def _gallery(folder: Path, data: dict, body: str) -> list[str]:
 def _results(index) -> list[str]:
     found = []
     for row in index or []:
-        if not isinstance(row, dict) or not row.get("name") or not row.get("results"):
+        if not isinstance(row, dict) or not row.get("name") or not isinstance(row.get("results"), list) or not row["results"]:
             found.append("model-index needs name and results")
             continue
-        for result in row["results"]:
-            if not all((result.get("task") or {}).get("type") and (result.get("dataset") or {}).get(k) for k in ("type", "name")):
+        for result in map(_mapping, row["results"]):
+            if not all(_mapping(result.get("task")).get("type") and _mapping(result.get("dataset")).get(k) for k in ("type", "name")):
                 found.append("a result of model-index needs task.type, dataset.type and dataset.name")
-            for metric in result.get("metrics") or [{}]:
+            metrics = result.get("metrics")
+            for metric in map(_mapping, metrics if isinstance(metrics, list) and metrics else [{}]):
                 if not metric.get("type") or not isinstance(metric.get("value"), (int, float)) or metric["value"] != metric["value"]:
                     found.append(f"metric {metric.get('type')!r} of model-index has no number")
     return list(dict.fromkeys(found))
+
+
+def _mapping(value) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def inside(path: str) -> bool:

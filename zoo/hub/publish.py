@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+from typing import Callable
 
 from ..errors import UserError
 from . import retry, stage
 from .lint import check
-from .record import read_record
+from .record import RECORD, read_record
 from .retry import retried
 from .verify import contract_problems, verify
 
@@ -22,44 +26,47 @@ __all__ = ["push"]
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False,
-         tag: str | None = None, collection: str | None = None, token: str | None = None, sample: bool = True) -> str:
+         tag: str | None = None, collection: str | None = None, token: str | None = None, sample: bool = True,
+         say: Callable[[str], None] = lambda stage: None) -> str:
     """Upload `folder` (a student, pipeline, LoRA, data set or card) to `repo_id` (user/name) in one commit; returns the commit's URL.
 
     private: of a repository that is made now (None: the owner's default); revision: a branch, made when missing; create_pr: open a
     pull request instead of writing; tag: name the commit; collection: title of a collection of the same owner, made when missing;
-    token: instead of the stored login; sample: let a fresh process download the commit and sample it, when it is a student.
+    token: instead of the stored login; sample: let a fresh process download the commit and sample it, when it is a student;
+    say: is told each of the four stages as it begins.
 
     An unchanged folder makes no commit. Raises UserError: before any request for what must not leave (unfit card, pickle, token in
-    a file), for a refused login, repository or tag, when someone else pushed meanwhile, and when the Hub stays away."""
-    with tempfile.TemporaryDirectory(prefix=f".pushing-{os.getpid()}-", dir=_beside(folder)) as temp:
+    a file), for a refused login, repository or tag, when someone else pushed meanwhile, when the Hub stays away, and (naming the
+    commit) for a student that was pushed and does not open. What could not be looked at is said on stderr."""
+    if repo_id.count("/") != 1:
+        raise UserError(f"{repo_id!r} is not a repository name: give user/name")       # the card names it, before anything is asked
+    if create_pr and tag:
+        raise UserError("--create_pr commits to a request, and --tag would name that commit: tag after the merge")
+    say("checking the folder")
+    with tempfile.TemporaryDirectory(prefix=f"{_mark()}{os.getpid()}-", dir=_beside(folder)) as temp:
         copy, what = stage.stage(folder, temp, repo_id)
         if what == "student" and (found := contract_problems(copy, read_record(copy)[0])):
             raise UserError(f"{folder} would not be sampled as it was trained: {'; '.join(found)}")
-        return _Push(copy, what, repo_id, revision, token).run(private, create_pr, tag, collection, sample)
+        return _Push(copy, what, repo_id, revision, token).run(private, create_pr, tag, collection, sample, say)
 
 
 def _beside(folder) -> Path | None:
     """Stage beside the folder, where hard links are possible; in the system's place when that is not writable.
 
-    What a killed push left there is removed."""
+    What a push that was killed on this machine left there is removed; on a shared disk, those of other machines are theirs."""
+    import psutil
     parent = Path(folder).resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         return None
-    for left in parent.glob(".pushing-*"):
-        pid = left.name.split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
+    for left in parent.glob(f"{_mark()}*"):
+        pid = left.name.removeprefix(_mark()).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     return parent
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+def _mark() -> str:
+    return f".pushing-{re.sub(r'[^A-Za-z0-9]+', '_', platform.node())}-"
 
 
 class _Push:
@@ -71,18 +78,21 @@ class _Push:
         self.type = "dataset" if what == "dataset" else "model"
         self.api = HfApi(token=token)
 
-    def run(self, private, create_pr, tag, collection, sample) -> str:
-        self.licence()
+    def run(self, private, create_pr, tag, collection, sample, say=lambda stage: None) -> str:
+        say("looking at the repository")
         with self.words():
+            self.licence()
             url = retried(lambda: self.api.create_repo(self.repo, private=private, exist_ok=True, repo_type=self.type))
             self.repo = url.repo_id
             self.refuse_public(private)
             refs = retried(lambda: self.api.list_repo_refs(self.repo, repo_type=self.type, include_pull_requests=create_pr))
             self.branch(refs)
             self.tag_is_free(refs, tag)
+            say("sending")
             commit, link = self.commit(create_pr, refs)
+        say("reading back")
         self.read_back(commit)
-        if sample and self.what == "student":
+        if sample and self.what in ("student", "lora", "pipeline"):
             self.sample(commit)
         with self.words():
             if tag:
@@ -106,12 +116,16 @@ class _Push:
 
     # ------------------------------------------------------------------------------------------------ before the commit
     def licence(self):
-        """The card against the licences of its base models, where the Hub knows them: a student inherits what they forbid."""
+        """The card against the licences of its base models: a student inherits what they forbid. A Hub that does not answer stops the push;
+        of a base that this login does not see the card's own word stands, and that is said."""
         bases = stage.card_of(self.copy).get("base_model") or []
         for base in [bases] if isinstance(bases, str) else bases:
             try:
-                data = self.api.model_info(base).card_data
-            except Exception:                # unknown, private or out of reach: the card's own word stands
+                data = retried(lambda: self.api.model_info(base)).card_data
+            except Exception as error:
+                if retry.status(error) not in (401, 403, 404):
+                    raise
+                print(f"note: {base} is not seen with this login ({retry.status(error)}): its licence was not compared with the card's", file=sys.stderr)
                 continue
             check(self.copy, "dataset" if self.type == "dataset" else "model", data.to_dict() if data else None)
 
@@ -177,8 +191,10 @@ class _Push:
         same commit, so that nobody loads one student's adapter with another's network; other files stay."""
         if self.what not in ("student", "pipeline"):
             return []
-        ours = stage.files(self.copy)
-        return [n for n in self.tree(parent) if n not in ours and (n.endswith(".safetensors") or "/" in n and n.endswith(".json"))]
+        ours, there = stage.files(self.copy), self.tree(parent)
+        if not {RECORD, "model_index.json"} & there.keys():        # no student was there: what is, is somebody else's
+            return []
+        return [n for n in there if n not in ours and (n.endswith(".safetensors") or "/" in n and n.endswith(".json"))]
 
     def landed(self, parent: str, known: set[str], create_pr: bool) -> tuple[str, str] | None:
         """(commit, URL) of our commit, if it is there: what changed since holds exactly our files."""

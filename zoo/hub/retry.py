@@ -17,7 +17,8 @@ T = TypeVar("T")
 ATTEMPTS = 5
 LONGEST = 300.0       # seconds; a server that asks for more is answered by giving up
 TRANSIENT = {408, 429, 500, 502, 503, 504}
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,})\b")
+# Access tokens; words such as hf_transfer are none.
+SECRET = re.compile(r"\b(hf_(oauth_|jwt_)?[A-Za-z0-9]{12,}|api_org_[A-Za-z0-9]{12,})(?![A-Za-z0-9])")
 
 
 def pause(seconds: float) -> None:
@@ -99,7 +100,7 @@ def translate(error: Exception, repo: str) -> UserError | None:
     if "HFValidationError" in names:
         return UserError(f"{repo!r} is not a repository name: give user/name")
     if "OfflineModeIsEnabled" in names:
-        return UserError(f"{repo} cannot be reached: HF_HUB_OFFLINE is set; unset it to push")
+        return UserError(f"{repo} cannot be reached: HF_HUB_OFFLINE is set; unset it, or give a local folder")
     if "GatedRepoError" in names:
         return UserError(f"{repo} is gated: ask for access on its page, and log in with `hf auth login` ({code})")
     if code in TRANSIENT:

@@ -141,22 +141,23 @@ def _preload(entries: list, named: list[str]) -> list[str]:
 
 
 def _requirements(pins: dict, root: Path) -> list[str]:
-    """Every dependency of the package is pinned, inside the range pyproject.toml gives; torch is one that ZeroGPU has."""
+    """Every line is pinned, and every dependency of the package is there, inside the range pyproject.toml gives; torch is one that ZeroGPU has."""
     import importlib.metadata
 
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
     wanted = _project_dependencies(root / "pyproject.toml") or importlib.metadata.requires("fewstep") or []
     found = [] if pins else ["requirements.txt is missing or empty"]
+    found += [f"requirements.txt does not pin {name}: write {name}==VERSION" for name, requirement in pins.items() if not _pin(requirement)]
     for text in wanted:
         want = Requirement(text)
         if want.marker is not None and "extra" in str(want.marker) and not any(want.marker.evaluate({"extra": e}) for e in ("space", "metrics")):
             continue
         have = pins.get(_plain(want.name))
         version = _pin(have) if have is not None else ""
-        if not version:
-            found.append(f"requirements.txt does not pin {want.name}")
-        elif version not in want.specifier:
+        if have is None:
+            found.append(f"requirements.txt does not pin {want.name}: it lacks the line")
+        elif version and version not in want.specifier:
             found.append(f"requirements.txt has {want.name} {version}, pyproject.toml wants {want.specifier}")
     torch = _pin(pins["torch"]) if "torch" in pins else ""
     if torch and torch not in SpecifierSet(TORCH):

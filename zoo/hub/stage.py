@@ -6,18 +6,18 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from .lint import check, front_matter, inside
-from .record import LORA_WEIGHTS, RECORD
+from .record import LORA_WEIGHTS, RECORD, member
 from .retry import SECRET
 
 PLACE = "path/to/student"          # stands for the repository in usage lines until the folder is pushed
 LIMIT = 250                        # files beyond which a repository of this kind is a mistake (and some clients split the upload)
+# Files of weights that are not opened: they are pickles, or of formats that can hold code. The one list, for pushing, pulling and opening.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5")
 LEFT = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store"}          # never part of a student
-TEXTS = {".md", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".py", ".toml"}
 DATA = {".parquet", ".jsonl", ".csv", ".txt", ".arrow"}
 SHARDS = re.compile(r"(.*/)?\d{8}\.safetensors")          # stored pairs (zoo.data.pairs)
 
@@ -55,9 +55,44 @@ def kind(folder: str | Path) -> str:
     raise UserError(f"{folder} is not an exported student (it has no {RECORD}), no pipeline, LoRA, data set or card: give the folder a run exported")
 
 
+def is_pickle(name: str) -> bool:
+    return name.lower().endswith(PICKLES)
+
+
+def pickles(names, parts) -> tuple[list[str], list[str]]:
+    """Pickles among the files of a repository: (those that opening it would need, those that only lie beside safetensors or in no part).
+
+    parts: folders of the pipeline's parts (keys of its model_index.json), or ["."] where the weights lie at the top."""
+    place = lambda name: PurePosixPath(name).parent.as_posix()
+    whole = {place(n) for n in names if n.endswith(".safetensors")}
+    found = sorted(filter(is_pickle, names))
+    needed = [n for n in found if place(n) in set(parts) - whole]
+    return needed, [n for n in found if n not in needed]
+
+
+def unsafe(folder: str | Path) -> list[str]:
+    """Why weights must not be read from `folder` (a student of anybody, or the client's cache of one), one line each: links and paths
+    that lead out of it, and safetensors files that are none. Raises UserError for the first link that leaves it."""
+    folder, found = Path(folder), []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        member(folder, name)
+        if path.suffix == ".safetensors" and path.is_file() and (reason := not_safe(path)):
+            found.append(f"{name} {reason}")
+        if ".safetensors.index." in path.name:               # which file holds which weight: names of files beside it
+            try:
+                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                found.append(f"{name} is no list of shards")
+                continue
+            found += [f"{name} names {s!r}, which is no safetensors file beside it" for s in sorted(map(str, shards))
+                      if PurePosixPath(s).name != s or not s.endswith(".safetensors")]
+    return found
+
+
 def not_safe(path: Path) -> str | None:
     """Why a file of weights is refused, or None: a pickle by name or by content, or no whole safetensors file."""
-    if path.suffix.lower() in PICKLES:
+    if is_pickle(path.name):
         return "is a pickle: opening it can run code; save weights as safetensors"
     if path.suffix != ".safetensors":
         return None
@@ -87,11 +122,18 @@ def problems(folder: str | Path) -> list[str]:
             found.append(f"{name} {reason}")
         if path.suffix == ".py":
             found.append(f"{name} is code: a student is opened without trusting remote code")
-        if path.suffix in TEXTS and path.stat().st_size < 20_000_000:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if SECRET.search(text) or token and len(token) > 5 and token in text:
-                found.append(f"{name} holds an access token: remove it, and revoke the token")
+        text = _readable(path)
+        if SECRET.search(text) or token and len(token) > 5 and token in text:
+            found.append(f"{name} holds an access token: remove it, and revoke the token")
     return found
+
+
+def _readable(path: Path, most: int = 20_000_000) -> str:
+    """Where a file may hold words, whatever its name: the header of weights, the first 20 MB of anything else."""
+    with open(path, "rb") as f:
+        if path.suffix == ".safetensors":
+            most = min(int.from_bytes(f.read(8), "little"), most)
+        return f.read(most).decode("utf-8", "replace")
 
 
 def unfit_lora(path: Path) -> str | None:

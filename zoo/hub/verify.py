@@ -12,30 +12,56 @@ from ..errors import UserError
 from . import retry, stage
 from .contract import Contract
 from .lint import inside, lint
-from .record import LORA_WEIGHTS, RECORD, read_record
+from .record import LORA_WEIGHTS, RECORD, base_revision, read_record
 
 SECONDS = 1800       # for downloading is outside; a large student on a CPU samples for minutes
 
-# Runs with remote code disabled and without this package: what a stranger's process does with the folder. Prints one line of JSON.
+# Runs with remote code disabled and without this package: what a stranger's process does with the folder. Prints one line of JSON: what is
+# wrong, and why it was not sampled. Arguments: folder, family, folder of the base model of a LoRA or "".
 OPEN = r"""
-import json, sys
+import inspect, json, os, sys
 sys.modules["zoo"] = None
 import torch
-folder, family = sys.argv[1], sys.argv[2]
-found = []
-if family == "text":
+folder, family, base = sys.argv[1:4]
+found, unsampled = [], ""
+
+
+def text():
     from transformers import AutoModelForMaskedLM
     model = AutoModelForMaskedLM.from_pretrained(folder, use_safetensors=True)
     with torch.no_grad():
         out = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits
     if not out.isfinite().all():
         found.append("its predictions are not finite")
-else:
-    import numpy as np
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
-    contract = pipe.scheduler.config.get("_fewstep") or json.load(open(folder + "/fewstep.json"))
+
+
+def opened():
+    import diffusers
+    if not base:
+        return diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(base, use_safetensors=True)
+    except Exception as error:
+        return f"its base model does not open here ({type(error).__name__})"
+    if not hasattr(pipe, "load_lora_weights"):
+        return f"{type(pipe).__name__} loads no LoRA"
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+    if "student" not in sum(pipe.get_list_adapters().values(), []):
+        found.append("none of its layers are layers of its base model")
+    if os.path.exists(folder + "/scheduler/scheduler_config.json"):
+        kind = json.load(open(folder + "/scheduler/scheduler_config.json"))["_class_name"]
+        pipe.scheduler = getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
+    return pipe
+
+
+def contract_of(pipe):
+    if told := pipe.scheduler.config.get("_fewstep"):
+        return told
+    path = folder + "/fewstep.json"
+    return json.load(open(path)) if os.path.exists(path) else {"knots": {}}
+
+
+def timesteps(pipe, contract):
     for k, knots in contract["knots"].items():
         call = (contract.get("call") or {}).get(k, {})
         sigmas = call.get("sigmas") or ([1 - i / int(k) for i in range(int(k))] if contract.get("grid") == "pipeline" else None)
@@ -43,22 +69,42 @@ else:
         got = pipe.scheduler.timesteps.tolist()
         if len(got) != len(knots) or max(abs(a - b) for a, b in zip(got, knots)) > 0.51:
             found.append(f"its scheduler samples {k} steps at {got}, the contract says {knots}")
-    if not found:
-        if torch.cuda.is_available():
-            pipe.to("cuda")
-        k = min(contract["knots"], key=int)
-        import inspect
-        takes = inspect.signature(pipe.__call__).parameters
-        call = dict(num_inference_steps=int(k), output_type="np", generator=torch.Generator().manual_seed(0))
-        call |= {"prompt": "a red heart"} if "prompt" in takes else {"class_labels": [0]} if "class_labels" in takes else {}
-        call |= {"guidance_scale": contract["guidance"]} if "guidance_scale" in takes else {}
-        call |= (contract.get("call") or {}).get(k, {})
-        images = np.asarray(pipe(**call)[0])
-        if not np.isfinite(images).all():
-            found.append("its samples are not finite")
-        elif images.std() < 1e-4:
-            found.append("its samples are blank")
-print("FOUND " + json.dumps(found))
+
+
+def sample(pipe, contract):
+    import numpy as np
+    takes = inspect.signature(pipe.__call__).parameters
+    k = min(contract["knots"], key=int, default="2")
+    call = {"num_inference_steps": int(k), "output_type": "np", "generator": torch.Generator().manual_seed(0), "prompt": "a red heart", "class_labels": [0]}
+    call |= {"guidance_scale": contract["guidance"]} if "guidance" in contract else {}
+    call = {name: value for name, value in call.items() if name in takes} | (contract.get("call") or {}).get(k, {})
+    needed = [n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n not in call]
+    if needed:
+        return f"{type(pipe).__name__} takes {', '.join(needed)}, which there is none of here"
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    images = np.asarray(pipe(**call)[0])
+    if not np.isfinite(images).all():
+        found.append("its samples are not finite")
+    elif images.std() < 1e-4:
+        found.append("its samples are blank")
+    return ""
+
+
+if family == "text":
+    text()
+else:
+    pipe = opened()
+    if isinstance(pipe, str):
+        unsampled = pipe
+    elif not found:
+        pipe.set_progress_bar_config(disable=True)
+        contract = contract_of(pipe)
+        if base and contract.get("lora_scale", 1) != 1:
+            pipe.set_adapters("student", contract["lora_scale"])
+        timesteps(pipe, contract)
+        unsampled = "" if found else sample(pipe, contract)
+print("FOUND " + json.dumps({"found": found, "unsampled": unsampled}))
 """
 
 
@@ -66,13 +112,20 @@ def verify(source: str | Path, revision: str | None = None, token: str | None = 
     """Problems found in a repository id or a folder; [] when it is fine.
 
     Checked: the card, file names and kinds (pickles are refused by name and never downloaded), the contract against the scheduler's
-    configuration, and for a student that a fresh process with stock classes, remote code disabled, opens and samples it.
-    Raises UserError when `source` cannot be reached."""
+    configuration, and for a student, a pipeline and a LoRA that a fresh process with stock classes, remote code disabled, opens and samples
+    it: a LoRA on its base model where that lies in the package or in this machine's cache, since it may be far larger than the LoRA. What
+    could not be sampled is said on stderr, with the reason. Raises UserError when `source` cannot be reached.
+
+    A repository is downloaded into the system's temporary folder (TMPDIR), outside every cache, and removed."""
     if Path(source).is_dir():
-        return _folder(Path(source))
-    with tempfile.TemporaryDirectory() as temp:
-        folder, found = _download(str(source), revision, token, Path(temp))
-        return found or _folder(folder)
+        found, unsampled = _folder(Path(source))
+    else:
+        with tempfile.TemporaryDirectory() as temp:
+            folder, found = _download(str(source), revision, token, Path(temp))
+            found, unsampled = (found, "") if found else _folder(folder)
+    if unsampled:
+        print(f"note: {source} was not sampled: {unsampled}", file=sys.stderr)
+    return found
 
 
 def _download(repo: str, revision: str | None, token: str | None, temp: Path) -> tuple[Path, list[str]]:
@@ -106,21 +159,46 @@ def _download(repo: str, revision: str | None, token: str | None, temp: Path) ->
         raise said from None
 
 
-def _folder(folder: Path) -> list[str]:
+def _folder(folder: Path) -> tuple[list[str], str]:
+    """(what is wrong, why it was not sampled)."""
     what = stage.kind(folder)
     found = stage.problems(folder)
     found += [f"card: {line}" for line in lint(folder, "dataset" if what == "dataset" else "model")]
     if (folder / LORA_WEIGHTS).exists() and not any(line.startswith(LORA_WEIGHTS) for line in found):
         found += [reason for reason in [stage.unfit_lora(folder / LORA_WEIGHTS)] if reason]
-    if what != "student":
-        return found
+    record, stock = {}, (folder / "model_index.json").exists()
+    if what == "student":
+        try:
+            contract, record = read_record(folder)
+        except UserError as error:
+            return [*found, str(error)], ""
+        found += contract_problems(folder, contract)
+        stock = stock and record["family"] != "video" or record["family"] == "text"
+    if found or what in ("card", "dataset"):
+        return found, ""
+    if stock:
+        return opens(folder, record.get("family", ""))
+    if not (folder / LORA_WEIGHTS).exists() or record.get("family") in ("toy", "custom", "video"):
+        return [], f"no stock pipeline opens a student of the {record.get('family')} family"
+    base, why = base_folder(folder, record)
+    return opens(folder, record.get("family", ""), base) if base else ([], why)
+
+
+def base_folder(folder: Path, record: dict) -> tuple[str, str]:
+    """(folder of the base model of a LoRA, "") where it lies in the package or whole in the client's cache, else ("", why it is not at hand)."""
+    from huggingface_hub import snapshot_download
+
+    from .card import home
+    if (at := home(folder)) and (at / "model_index.json").exists():
+        return str(at), ""
+    names = stage.card_of(folder).get("base_model") or []
+    name = names if isinstance(names, str) else next(iter(names), "")
+    if not name:
+        return "", "its card names no base model of the Hub"
     try:
-        contract, record = read_record(folder)
-    except UserError as error:
-        return [*found, str(error)]
-    found += contract_problems(folder, contract)
-    stock = (folder / "model_index.json").exists() and record.get("family") != "video" or record.get("family") == "text"
-    return found if found or not stock else opens(folder, record["family"])
+        return snapshot_download(name, revision=base_revision(folder) if record else None, local_files_only=True), ""
+    except Exception:                     # absent, or only a part of it
+        return "", f"it is a LoRA of {name}, which is not in this machine's cache: open it once and verify again"
 
 
 def contract_problems(folder: Path, contract: Contract) -> list[str]:
@@ -141,18 +219,19 @@ def contract_problems(folder: Path, contract: Contract) -> list[str]:
     return found
 
 
-def opens(folder: Path, family: str) -> list[str]:
-    """What a fresh process with stock classes finds wrong with a folder on this disk."""
-    with tempfile.TemporaryDirectory() as home:
+def opens(folder: Path, family: str, base: str = "") -> tuple[list[str], str]:
+    """(what a fresh process with stock classes finds wrong with a folder on this disk, why it was not sampled). base: of a LoRA."""
+    with tempfile.TemporaryDirectory() as cache:
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH", "HUGGING"))}      # no token, no cache
-        env = keep | {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        env = keep | {"HF_HOME": cache, "HF_HUB_OFFLINE": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
                       "TOKENIZERS_PARALLELISM": "false"}
         try:
-            done = subprocess.run([sys.executable, "-c", OPEN, str(folder.resolve()), family], env=env, cwd=home, capture_output=True, text=True,
+            done = subprocess.run([sys.executable, "-c", OPEN, str(folder.resolve()), family, base], env=env, cwd=cache, capture_output=True, text=True,
                                   timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            return [f"it did not sample within {SECONDS} s"]
+            return [], f"it took more than {SECONDS} s on this machine"
     line = next((x for x in reversed(done.stdout.splitlines()) if x.startswith("FOUND ")), None)
     if line is None:
-        return [f"stock classes do not open it: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]
-    return json.loads(line.removeprefix("FOUND "))
+        return [f"stock classes do not open it: {retry.scrub((done.stderr.strip().splitlines() or ['no message'])[-1])}"], ""
+    said = json.loads(line.removeprefix("FOUND "))
+    return said["found"], said["unsampled"]

@@ -69,7 +69,7 @@ def _clip(name: str):
             out = super().get_text_features(*args, **kwargs)
             return out if isinstance(out, Tensor) else out.pooler_output
 
-    return Embeddings.from_pretrained(name), CLIPProcessor.from_pretrained(name)
+    return Embeddings.from_pretrained(name, use_safetensors=True), CLIPProcessor.from_pretrained(name)
 
 
 @torch.no_grad()

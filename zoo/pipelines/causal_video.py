@@ -1,6 +1,7 @@
 """Streaming of causal video students: chunk after chunk through a key-value cache, frames as they come, videos of any length."""
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -26,7 +27,8 @@ class Videos:
 
 
 class CausalVideoPipeline(DiffusionPipeline):
-    """`pipe(prompt)` or `for chunk in pipe.stream(prompt)`, by the contract in the scheduler's config.
+    """`pipe(prompt)` or `for chunk in pipe.stream(prompt)`, by the contract in the scheduler's config. Another number of steps than it was
+    trained for warns once and runs through times spaced as the trained ones are.
 
     transformer: a stock WanTransformer3DModel, called causally; vae: Wan's autoencoder, or none for students in pixel space."""
 
@@ -63,7 +65,11 @@ class CausalVideoPipeline(DiffusionPipeline):
             draw = lambda i, k: randn_tensor((len(prompts), layout.chunk, *shape[1:]), generator=generator, device=device)
         flow = RectifiedFlow()
         net = Denoiser(self.transformer, flow, "velocity", partial(causal_forward, layout))
-        knots = contract.times(num_inference_steps or max(contract.knots), flow)
+        steps = max(contract.knots) if num_inference_steps is None else num_inference_steps
+        knots = contract.times_for(steps, flow)
+        if steps not in contract.knots and not getattr(self, "_warned", False):
+            warnings.warn(f"this student was trained for {', '.join(map(str, contract.steps))} steps, not {steps}", stacklevel=2)
+            self._warned = True
         yield from stream(net, {"prompt": encode_prompts(self, prompts)}, knots, layout, draw)
 
     @torch.no_grad()

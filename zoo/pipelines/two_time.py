@@ -27,17 +27,21 @@ class SlotPipeline:
 
     model: the Backbone opened on the student's folder; net: its Denoiser, slot included; process: name of the one it was trained in.
     rule "jump" goes through evenly spaced times of that process, and any number of steps is meaningful; those outside the contract
-    were not measured, and the first of them warns. The other rules follow the contract's knots, a second time staying at 0."""
+    were not measured, and the first of them warns. The other rules follow the contract's knots, or for another number of steps, with a
+    warning, times spaced as they are; a second time stays at 0."""
 
     def __init__(self, model, net: Denoiser, contract: Contract, process: str, rule: str):
         self.model, self.net, self.contract, self.rule = model, net, contract, rule
-        self.process = model.process if type(model.process).__name__ == process else getattr(processes, process)()
+        kind = getattr(processes, process, None)
+        if not (isinstance(kind, type) and issubclass(kind, processes.Process)):
+            raise UserError(f"this student's record names the process {process!r}, which there is not: export it again")
+        self.process = model.process if type(model.process) is kind else kind()
         self._warned = False
 
     def _times(self, steps: int) -> Tensor:
         if self.rule == "jump":
             return self.process.t_max * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-        times = self.contract.times(steps, self.model.process)
+        times = self.contract.times_for(steps, self.model.process)
         return times if self.process is self.model.process else self.process.time(self.model.process.angle(times))
 
     @torch.no_grad()
@@ -48,9 +52,12 @@ class SlotPipeline:
         from diffusers.utils.torch_utils import randn_tensor
 
         contract, family = self.contract, self.model.family
-        steps = num_inference_steps or max(contract.knots)
-        if steps not in contract.knots and self.rule == "jump" and not self._warned:
-            warnings.warn(f"this student was measured at {', '.join(map(str, contract.steps))} steps, not {steps}", stacklevel=3)
+        steps = max(contract.knots) if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise UserError(f"num_inference_steps={steps}: give at least 1")
+        if steps not in contract.knots and not self._warned:
+            what = "measured at" if self.rule == "jump" else "trained for"
+            warnings.warn(f"this student was {what} {', '.join(map(str, contract.steps))} steps, not {steps}", stacklevel=3)
             self._warned = True
         device = next(self.net.module.parameters()).device
         if hasattr(self.model, "conditions"):

@@ -35,7 +35,9 @@ class UnmaskPipeline:
     def __call__(self, prompt: str = "", *, num_inference_steps: int | None = None, num_samples: int = 1,
                  generator: torch.Generator | None = None) -> Texts:
         """num_samples texts of the student's length that begin with `prompt`. The random numbers are drawn on the generator's device."""
-        steps = num_inference_steps or max(self.contract.knots)
+        steps = max(self.contract.knots) if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise UserError(f"num_inference_steps={steps}: give at least 1")
         if steps in self.contract.knots:
             times = self.contract.times(steps, self.model.process)
         else:
