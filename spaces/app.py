@@ -41,7 +41,7 @@ def page() -> gr.Blocks:
     with gr.Blocks(title="Fewstep: race the teacher", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         gr.HTML(HEADER, elem_id="fs-head")
         wish = tabs.panel()
-        with gr.Tabs(elem_id="fs-tabs") as shelf:
+        with gr.Tabs(elem_id="fs-tabs", overflow_behavior="wrap") as shelf:
             made = [(tab, tabs.place(tab, wish, shelf, demo)) for tab in tabs.TABS if tab.applies()]
         tabs.connect(demo, wish, shelf, dict((tab.id, item) for tab, item in made))
         api.endpoints()

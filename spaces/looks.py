@@ -272,7 +272,7 @@ def scatter(series: dict[str, list[tuple]], x: str, y: str, title: str, *, log_x
             wide = 5.8 * len(p[2])
             for start, anchor in ((at_x(p[0]) + 8, "start"), (at_x(p[0]) - 8 - wide, "end")):
                 box = start, start + wide, at_y(p[1])
-                if box[0] > left and box[1] < width and not any(box[0] < b and a < box[1] and abs(c - box[2]) < 9 for a, b, c in taken):
+                if box[0] > left and box[1] < width and not any(box[0] < b and a < box[1] and abs(c - box[2]) < 11 for a, b, c in taken):
                     taken.append(box)
                     parts.append(f'<text class="fs-name" x="{box[0] if anchor == "start" else box[1]:.1f}" y="{box[2] + 3.5:.1f}" text-anchor="{anchor}">{escape(p[2])}</text>')
                     break

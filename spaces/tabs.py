@@ -379,10 +379,10 @@ def home_tab(wish: Wish):
     message = gr.HTML(elem_id="fs-home-message")
     with gr.Row(elem_classes="fs-columns"):
         with gr.Column(min_width=300):
-            stock = gr.Code(language="python", label="With diffusers alone", interactive=False, lines=7, wrap_lines=True, elem_id="fs-code-diffusers")
-            ours = gr.Code(language="python", label="With zoo", interactive=False, lines=6, wrap_lines=True, elem_id="fs-code-zoo")
-            train = gr.Code(language="shell", label="Train one like it", interactive=False, lines=1, wrap_lines=True, elem_id="fs-code-train")
-            cite = gr.Code(language="latex", label="Cite the method", interactive=False, lines=4, wrap_lines=True)
+            stock = gr.Code(language="python", label="With diffusers alone", interactive=False, lines=1, wrap_lines=True, show_line_numbers=False, elem_id="fs-code-diffusers")
+            ours = gr.Code(language="python", label="With zoo", interactive=False, lines=1, wrap_lines=True, show_line_numbers=False, elem_id="fs-code-zoo")
+            train = gr.Code(language="shell", label="Train one like it", interactive=False, lines=1, wrap_lines=True, show_line_numbers=False, elem_id="fs-code-train")
+            cite = gr.Code(language="latex", label="Cite the method", interactive=False, lines=1, wrap_lines=True, show_line_numbers=False)
         with gr.Column(min_width=300, elem_classes="fs-card"):
             picture = gr.HTML()
             text = gr.Markdown(elem_id="fs-card", line_breaks=False)

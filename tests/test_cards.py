@@ -192,6 +192,7 @@ def test_a_strangers_record_cannot_inject_markup(tmp_path, given):
     safetensors(at / "pytorch_lora_weights.safetensors", "a", metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
     data = json.loads((at / "fewstep.json").read_text())
     data["card"], data["student"]["teacher"], data["student"]["method"] = poisoned(data["card"]), HOSTILE, HOSTILE
+    data["call"] = {"4": {"sigmas": "`" + HOSTILE}}
     data["scheduler"] = data["prediction"] = HOSTILE + "\n```\n<script>"
     (at / "fewstep.json").write_text(json.dumps(data))
     text = card.render(at)

@@ -191,6 +191,33 @@ def test_flow_shift():
     assert flow_shift((1000.0, 800.0, 330.0, 100.0)) is None and flow_shift((900.0, 450.0)) is None
 
 
+# ------------------------------------------------------------------------------------------------------- other counts
+def test_times_of_a_count_that_was_not_trained():
+    """Spaced as the knots are: even on a table, even and shifted on a flow; what follows no rule has none."""
+    vp, flow = vp_model().process, RectifiedFlow()
+    even_vp, shifted_flow = contract_for(vp_model(), EVEN), Contract(knots_for(shifted(torch.tensor(EVEN, dtype=torch.float64), 5.0), flow))
+    assert vp.timestep(even_vp.times_for(5, vp)).round().tolist() == [999, 799, 599, 399, 199]
+    torch.testing.assert_close(shifted_flow.times_for(5, flow), shifted(1 - torch.arange(5, dtype=torch.float64) / 5, 5.0), atol=1e-6, rtol=0)
+    for contract, process in ((even_vp, vp), (shifted_flow, flow)):
+        for k in contract.knots:
+            assert torch.equal(contract.times_for(k, process), contract.times(k, process))
+        with pytest.raises(UserError, match="at least 1 .trained for 1, 2, 4 steps."):
+            contract.times_for(0, process)
+    with pytest.raises(UserError, match="trained for 1, 2, 4 steps, at times .1000, 800, 330, 100. that give no grid of 3"):
+        Contract(knots_for((1.0, 0.8, 0.33, 0.1), flow)).times_for(3, flow)
+
+
+def test_a_scheduler_against_its_contract():
+    from diffusers import DDIMScheduler
+    contract = contract_for(vp_model(), EVEN)
+    stock = scheduler_for(contract, TABLE)
+    assert contracts.disagreement(stock, contract) is None
+    assert "DDIMScheduler" in contracts.disagreement(DDIMScheduler(), contract)
+    assert "does not sample 4 steps" in contracts.disagreement(type(stock).from_config(stock.config, original_inference_steps=2), contract)
+    assert "samples 4 steps at (999" in contracts.disagreement(type(stock).from_config(stock.config, original_inference_steps=50), contract)
+    assert "reads the network as epsilon" in contracts.disagreement(type(stock).from_config(stock.config, prediction_type="epsilon"), contract)
+
+
 # ------------------------------------------------------------------------------------------------------- schemas
 FIRST = {"knots": {"2": [999, 499], "1": [999]}, "sampler": "renoise", "guidance": 1.0, "prediction": "epsilon", "scheduler": "LCMScheduler", "dtype": "float32",
          "lora_scale": 1.0, "shift": 1.0, "guidance_range": [1.0, 8.0], "layout": None, "schema": 1, "student": {"family": "sd"}}

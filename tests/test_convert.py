@@ -108,11 +108,98 @@ def test_fp8_stores_matrices_and_opens_with_stock_diffusers(students, name, part
     assert report["parameters_in_fp8"] > 10 * report["parameters_kept"]
 
 
-@pytest.mark.parametrize("to", ["single-file", "comfyui"])
-def test_families_without_a_key_map_are_refused_by_name(students, to, tmp_path):
+@pytest.mark.parametrize("to", ["single-file", "comfyui", "lora"])
+def test_families_without_a_key_map_are_refused_by_name(students, to, tmp_path, monkeypatch):
+    monkeypatch.setattr("zoo.calls.draw", lambda *a, **k: pytest.fail("it sampled before it refused"))
     with pytest.raises(UserError, match="ConsistencyModelPipeline"):
         convert(students["pixel"], to, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# What is offered beside fused and fp8, which every family has.
+OFFERED = {"sd15": ("single-file", "comfyui"), "sd15-lora": ("single-file", "comfyui", "lora"), "sdxl": ("comfyui",), "sdxl-lora": ("lora",),
+           **{f"{f}-lora": ("lora",) for f in ("sd3", "flux", "flux2", "qwen_image", "zimage", "wan", "cogvideox", "ltx")}, "dit": (), "dit-lora": ()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OFFERED)
+def test_every_family_and_target(case, tmp_path):
+    """Each export is opened again and compared, or refused naming the family; nothing is left where it was refused."""
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, str(Path(__file__).parent / "backbones"))
+    import tiny_a
+    import tiny_b
+    family, _, lora = case.partition("-")
+    (tiny_a if family in tiny_a.BUILDERS else tiny_b).build(family, tmp_path / "teacher")
+    model = load(str(tmp_path / "teacher"))
+    student = export_student(model, model.make("student", **({"lora": 4} if lora else {})), tmp_path / "student", contract_for(model, TIMES),
+                             lora_rank=4 if lora else 0)
+    for to in formats.KINDS:
+        out = tmp_path / to
+        if to in (*OFFERED[case], "fused", "fp8"):
+            report = convert(student, to, out, teacher=str(tmp_path / "teacher") if lora and to in ("lora", "comfyui") else "")
+            assert report["maximum_error"] < (1 if to == "fp8" else CLOSE) and report["bytes"] > 0
+        elif (case, to) in {("sdxl", "lora"), ("sd15", "lora")}:
+            with pytest.raises(UserError, match="nothing to extract"):         # an untrained student: the map is there
+                convert(student, to, out, teacher=str(tmp_path / "teacher"))
+        else:
+            with pytest.raises(UserError, match=type(model.pipe).__name__):
+                convert(student, to, out)
+        assert out.exists() == (to in (*OFFERED[case], "fused", "fp8"))
+
+
+@pytest.mark.parametrize("call, match", [
+    (dict(to="fp8", rank=8), "--to fp8 takes none"), (dict(to="comfyui", rank=8), "--to comfyui takes none"), (dict(to="fused", rank=64), "leave it out"),
+    (dict(to="lora", rank=0), "at least 1"), (dict(name="lora", to="lora", rank=8), "has a LoRA of its own"), (dict(to="fused", teacher="x/y"), "leave it out"),
+    (dict(to="comfyui", teacher="x/y"), "leave it out"), (dict(to="fused", out="a.safetensors"), "writes a folder")])
+def test_options_of_no_effect_are_refused(students, call, match, tmp_path):
+    call = dict(call)
+    name, out = call.pop("name", "full"), call.pop("out", "out")
+    with pytest.raises(UserError, match=match):
+        convert(students[name], out=tmp_path / out, **call)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_moved_is_named(students, tmp_path):
+    """A record names a local teacher by its last part alone: --teacher says where it is, and another one does not fit."""
+    moved = tmp_path / "student"
+    shutil.copytree(students["lora"], moved)
+    data = json.loads((moved / "fewstep.json").read_text())
+    teacher, data["student"]["teacher"] = data["student"]["teacher"], "teacher-sd"
+    (moved / "fewstep.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="the teacher teacher-sd is not here: name its folder or Hub id with --teacher"):
+        convert(moved, "lora", tmp_path / "out")
+    assert convert(moved, "lora", tmp_path / "out", teacher=teacher)["maximum_error"] < CLOSE
+    other = tiny.tiny_pixel(tmp_path / "other")
+    with pytest.raises(UserError, match="teacher"):
+        convert(students["full"], "lora", tmp_path / "wrong", teacher=str(other))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_lora_beside_a_style_is_not_compared_without_it(students, tmp_path):
+    styled = tmp_path / "styled"
+    shutil.copytree(students["lora"], styled)
+    data = json.loads((styled / "fewstep.json").read_text())
+    data["student"]["teacher_lora"] = {"name": "ink.safetensors", "scale": 1.0, "parts": ["unet"]}
+    (styled / "fewstep.json").write_text(json.dumps(data))
+    for to in ("lora", "comfyui"):
+        with pytest.raises(UserError, match="beside the style LoRA its teacher had .ink.safetensors."):
+            convert(styled, to, tmp_path / "out")
+    assert convert(styled, "fused", tmp_path / "out")["maximum_error"] < CLOSE
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, UserError, RuntimeError])
+def test_nothing_half_written_stays(students, stop, tmp_path, monkeypatch):
+    def broken(folder):
+        raise stop("stopped")
+    monkeypatch.setattr(formats, "_open", broken)
+    with pytest.raises(stop):
+        convert(students["full"], "fused", tmp_path / "out")
+    monkeypatch.setattr(formats._Student, "error", lambda self, pipe, **extra: float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        convert(students["full"], "single-file", tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(students, tmp_path):

@@ -210,6 +210,34 @@ def test_prompts_formats(tmp_path, name, text):
     assert data.prompts(path) == ["a cat", "a dog"]
 
 
+def test_texts_are_split_at_line_ends_alone(tmp_path):
+    """Some texts hold the rarer separators that str.splitlines cuts at: a prompt would become two, a line of JSON none."""
+    text = "a\u2028red\x0ccat\x85 sits"
+    (tmp_path / "p.txt").write_text(f"{text}\na dog\r\n")
+    assert data.prompts(tmp_path / "p.txt") == [text, "a dog"]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n")
+    assert data.prompts(tmp_path / "p.jsonl") == [text]
+
+
+def test_rows_of_tables_may_differ_and_none_is_cut_short_unseen(tmp_path):
+    rows = [{"id": 1}, {"id": "b", "caption": "one"}, *({"caption": f"p {i}", "size": i if i % 2 else "large"} for i in range(198))]
+    table = tmp_path / "t.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    assert len(data.prompts(table)) == 199                                       # the first row has no caption: the others keep theirs
+    rows[5]["caption"] = 5
+    table.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match=r"skipped 1 of 200 rows of .*row 5: caption 5 .no text"):
+        assert len(data.prompts(table)) == 198
+    (tmp_path / "t.csv").write_text("caption,id\n" + "".join(f'"a cat, {i}",{i}\n' for i in range(199)) + "a dog, sitting,199\n")
+    with pytest.warns(UserWarning, match=r"skipped 1 of 200 rows of .*row 199 .more fields than the header names"):
+        assert data.prompts(tmp_path / "t.csv")[-1] == "a cat, 198"
+    (tmp_path / "t.csv").write_text("caption,id\na dog, sitting,1\n")
+    with pytest.raises(UserError, match="1 of 1 rows .*quote texts that hold commas"):
+        data.prompts(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text(f'caption\n"{"x" * 200_000}"\n')
+    assert [len(p) for p in data.prompts(tmp_path / "t.csv")] == [200_000]
+
+
 def test_prompts_of_a_built_in_set():
     assert data.prompts("emoji:heldout") == list(data.emoji("heldout")["caption"])
 

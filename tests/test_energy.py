@@ -84,6 +84,7 @@ def test_a_gpu_is_read_through_nvml_and_the_cpu_alone_does_not_pass_for_both(mac
     assert alone.of == [] and "nvidia-ml-py" in alone.why
 
 
+@pytest.mark.slow
 def test_a_run_measures_itself(machine, tmp_path):
     """What stands in measured.json is what the counters moved by, over a resumption too; without counters the reason stands there."""
     import json

@@ -51,7 +51,7 @@ def test_report(students, prompts, tmp_path):
     space = metrics.default_feature_space()
     import zoo
     pipe = zoo.load(students["sd"])
-    pictures = evaluate.to_tensor([evaluate.draw(pipe, t, s, None) for t in ("red heart", "blue star", "smiling face") for s in (0, 1)])
+    pictures = evaluate.to_tensor([evaluate.draw(pipe, {"prompt": t}, s, None) for t in ("red heart", "blue star", "smiling face") for s in (0, 1)])
     features = metrics.feature_space(space)
     from zoo.data import images
     expected = metrics.kid(features(pictures), features(images(str(tmp_path / "real"), 16, 3))).value
@@ -93,6 +93,20 @@ def test_a_metric_that_cannot_fetch_its_network_is_skipped():
         evaluate.tried("x", None, lambda: {}["missing"])
 
 
+@pytest.mark.parametrize("error", [AttributeError("no attribute 'clip'\nmore"), ImportError("no torchvision"), KeyError("weights"), AssertionError(), RuntimeError("ops")])
+def test_a_package_that_fails_inside_is_a_skipped_row(students, prompts, monkeypatch, error):
+    """Whatever HPSv2 or ImageReward raise while scoring or loading, the other rows stand and the reason is said."""
+    def broken(*a, **k):
+        raise error
+    monkeypatch.setitem(sys.modules, "hpsv2", types.SimpleNamespace(score=broken, __spec__=object()))
+    monkeypatch.setitem(sys.modules, "ImageReward", types.SimpleNamespace(load=broken, __spec__=object()))
+    found = rows(evaluate.evaluate(students["sd"], prompts, limit=1, seeds=1, repeats=1, steps=1))
+    for metric, package in (("hpsv2", "hpsv2"), ("image_reward", "ImageReward")):
+        assert found[metric]["value"] == evaluate.SKIPPED and found[metric]["note"].startswith(f"skipped: {package} failed ({type(error).__name__}: ")
+        assert "\n" not in found[metric]["note"]
+    assert found["ms_total"]["value"] > 0
+
+
 def test_latency_by_part(students):
     """A slow part is found in its own row; the network is called once a step, and the modules are left as they were."""
     import zoo
@@ -105,7 +119,7 @@ def test_latency_by_part(students):
         return forward(self, *a, **k)
     pipe.unet.forward = types.MethodType(slow, pipe.unet)
     kept = pipe.unet.__dict__["forward"]
-    found = rows({"rows": evaluate.latency(pipe, "red heart", 4, repeats=1)})
+    found = rows({"rows": evaluate.latency(pipe, {"prompt": "red heart"}, 4, repeats=1)})
     assert found["ms_denoiser"]["value"] >= 80 and found["ms_denoiser"]["note"].startswith("4 calls")
     assert found["ms_text_encoder"]["value"] > 0 and found["ms_vae"]["value"] > 0
     parts = sum(found[f"ms_{p}"]["value"] for p in ("text_encoder", "denoiser", "vae", "rest"))
@@ -117,8 +131,31 @@ def test_latency_by_part(students):
 def test_classes_are_prompts_too(students, tmp_path):
     (tmp_path / "classes.txt").write_text("1\n3\n")
     found = rows(evaluate.evaluate(students["pixel"], tmp_path / "classes.txt", seeds=2, steps=2, repeats=1))
-    assert "classes, not prompts" in found["clip_score"]["note"] and found["ms_text_encoder"]["value"] == 0
+    assert "does not draw prompts" in found["clip_score"]["note"] and "ms_text_encoder" not in found and "ms_vae" not in found
     assert found["ms_denoiser"]["note"].startswith("2 calls")
+    every = evaluate.evaluate(students["pixel"], seeds=1, steps=1, repeats=1)             # four classes and the null class
+    assert every["pictures"] == 4 and evaluate.evaluate(students["pixel"], seeds=1, steps=1, repeats=1, limit=3)["pictures"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "dit", "sd3", "flux", "flux2", "qwen_image", "zimage", "sana"])
+def test_latency_of_every_family(family, tmp_path):
+    """Whatever a pipeline has of text encoders, denoiser and decoder is timed in its own row."""
+    from pathlib import Path
+
+    import zoo
+    from zoo import calls
+    sys.path.insert(0, str(Path(__file__).parent / "backbones"))
+    import tiny_a
+    import tiny_b
+    (tiny_a if family in tiny_a.BUILDERS else tiny_b).build(family, tmp_path / "teacher")
+    model = load(str(tmp_path / "teacher"))
+    pipe = zoo.load(export_student(model, model.make("student"), tmp_path / "student", contract_for(model, (1.0, 0.75, 0.5, 0.25))))
+    pipe.set_progress_bar_config(disable=True)
+    found = rows({"rows": evaluate.latency(pipe, calls.condition(pipe, "1" if family == "dit" else "red heart"), 4, repeats=1)})
+    parts = ["denoiser", "vae"] + ["text_encoder"] * (family != "dit")
+    assert all(found[f"ms_{p}"]["value"] > 0 for p in parts) and found["ms_denoiser"]["note"].startswith("4 calls")
+    assert {m for m in found} == {f"ms_{p}" for p in (*parts, "rest", "total")}
 
 
 @pytest.mark.parametrize("name, repo", [("partiprompts", "nateraw/parti-prompts"), ("coco", "phiyodr/coco2017")])
@@ -131,14 +168,22 @@ def test_prompt_sets_of_the_hub(name, repo, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda repo, split: asked.append((repo, split)) or table)
     assert evaluate.read_prompts(name) == {"partiprompts": ["a corgi", "a fox"], "coco": ["a cat on a mat", "a dog"]}[name]
-    assert asked == [(repo, {"partiprompts": "train", "coco": "validation"}[name])] and evaluate.read_prompts(name,
-                                                                                                              limit=1) == [evaluate.read_prompts(name)[0]]
+    assert asked == [(repo, {"partiprompts": "train", "coco": "validation"}[name])]
+
+
+def test_a_video_student_is_refused_before_it_is_fetched(monkeypatch):
+    from zoo import registry
+    name = next(s.name for s in registry.STUDENTS if s.modality == "video")
+    monkeypatch.setattr("zoo.loading.load", lambda *a, **k: pytest.fail("it was fetched"))
+    with pytest.raises(UserError, match="makes videos"):
+        evaluate.evaluate(name, ["a fox"])
 
 
 def test_mistakes(students, prompts, tmp_path):
     for call, match in ((dict(prompts=tmp_path / "none.txt"), "one prompt a line"), (dict(prompts=[]), "holds no prompt"),
                         (dict(prompts=prompts, steps=3), "trained for 1, 2, 4"),
-                        (dict(prompts=prompts, seeds=0), "at least 1")):
+                        (dict(prompts=prompts, seeds=0), "at least 1"), (dict(prompts=prompts, limit=0), "--limit 0: give at least 1"),
+                        (dict(prompts=prompts, limit=-1), "--limit -1: give at least 1"), (dict(), "give --prompts FILE")):
         with pytest.raises(UserError, match=match):
             evaluate.evaluate(students["sd"], **call)
 
@@ -146,5 +191,5 @@ def test_mistakes(students, prompts, tmp_path):
 def test_from_the_command_line(students, prompts, tmp_path, capsys):
     cli.main(["eval", str(students["sd"]), "--prompts", str(prompts), "--limit", "1", "--seeds", "1", "--steps", "1", "--out", str(tmp_path / "r.json")])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["METRIC", "VALUE"] and any(x.startswith("ms_denoiser") for x in lines)
+    assert "steps 1" in lines[0] and lines[1].split()[:2] == ["METRIC", "VALUE"] and any(x.startswith("ms_denoiser") for x in lines)
     assert json.loads((tmp_path / "r.json").read_text())["steps"] == 1

@@ -33,8 +33,8 @@ class Pictures(backbones.Custom):
     """Four prompts whose teacher is a known point plus noise: samples are made, not trained, so that each failure is exact."""
 
 
-def watched(tmp_path, student):
-    """A Watcher's measurement, twice, on a student given as a function of (x, t, cond)."""
+def watched(tmp_path, student, **how):
+    """A Watcher's measurement, three times, on a student given as a function of (x, t, cond)."""
     g = torch.Generator().manual_seed(0)
     targets = torch.tanh(torch.randn(16, 3, 8, 8, generator=g)) * 0.6
     from zoo.process import RectifiedFlow
@@ -52,7 +52,7 @@ def watched(tmp_path, student):
     from zoo.run import Run
     run = Run(train_dmd.Config(teacher=model, output_dir=str(tmp_path / "run"), ema=0, time_budget=0), model)
     G = run.train("student", model.make("student"), 1e-3)
-    w = run.watch(G, torch.tensor([1.0]))
+    w = run.watch(G, torch.tensor([1.0]), **how)
     w.begin()
     class Student:
         process = model.process
@@ -83,6 +83,18 @@ def test_each_warning_fires_on_its_planted_failure(tmp_path, name, student):
     found = watched(tmp_path, student)
     assert name in found, found
     assert name in health.REMEDIES
+
+
+def missing(x, item, targets):
+    """What this world gives without guidance."""
+    return targets[item] * 0.9 + 0.3 * x
+
+
+def test_missing_guidance_is_seen_where_the_guided_teacher_is_the_target(tmp_path):
+    assert watched(tmp_path / "a", missing) == ["wrong guidance convention"]
+    rows = [json.loads(line) for line in (tmp_path / "a" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(abs(r["measure/guidance@1"] - 1) < 0.3 for r in rows if "measure/score" in r)
+    assert watched(tmp_path / "b", missing, follows_teacher=False) == []         # a target of its own, such as data
 
 
 def test_conditional_distance_is_unbiased_and_orders():

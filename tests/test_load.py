@@ -4,8 +4,10 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,6 +260,122 @@ def test_dtype_and_device_defaults(base, lora, monkeypatch):
     local("hyper-sd.sd15-4step", monkeypatch, teacher=str(base), source=str(lora[0]), file="a-lora.safetensors")
     assert zoo.load("hyper-sd.sd15-4step").unet.dtype == torch.float32
     assert zoo.load("hyper-sd.sd15-4step", dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------- every kind of row
+def family(name: str, folder, **options):
+    """A tiny pipeline of a family as a base model, its folder."""
+    sys.path.insert(0, str(Path(__file__).parent / "backbones"))
+    import tiny_a
+    import tiny_b
+    return (tiny_a if name in tiny_a.BUILDERS else tiny_b).build(name, folder, **options)
+
+
+def lora_file(network, path, targets=("to_q", "to_k"), prefix="transformer", seed=1):
+    """Save a LoRA of rank 2, alpha 4, for `network`; returns what it adds to each layer at scale 1."""
+    g, state, delta, metadata = torch.Generator().manual_seed(seed), {}, {}, {f"{prefix}.r": 2, f"{prefix}.lora_alpha": 4}
+    for name, layer in network.named_modules():
+        if name.split(".")[-1] in targets and isinstance(layer, torch.nn.Linear):
+            down, up = 0.3 * torch.randn(2, layer.in_features, generator=g), 0.3 * torch.randn(layer.out_features, 2, generator=g)
+            state |= {f"{prefix}.{name}.lora_A.weight": down, f"{prefix}.{name}.lora_B.weight": up}
+            delta[name] = 4 / 2 * up @ down
+    metadata[f"{prefix}.target_modules"] = list(delta)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+    return delta
+
+
+def added(network, before: dict, delta: dict, scale: float) -> None:
+    """`network` holds its weights of `before`, and `scale` times the LoRA where it has one; nothing else moved."""
+    for name, value in network.state_dict().items():
+        change = scale * delta.get(name.removesuffix(".weight"), 0.0)
+        torch.testing.assert_close(value, before[name] + change, atol=1e-5, rtol=1e-5)
+
+
+TRANSFORMER_CALL = {"height": 16, "width": 16}
+# row -> builder of its base model, the stock call's size, scheduler, timesteps of the plain call, samples in one call of the network (2 with guidance)
+KINDS = {
+    "hyper-sd.sdxl-4step": ("sdxl", {}, "DDIMScheduler", [999, 749, 499, 249], 1),
+    "lcm-lora.sdxl": ("sdxl", {}, "LCMScheduler", [999, 759, 499, 259], 1),
+    "tcd.sdxl": ("sdxl", {}, "TCDScheduler", [999, 759, 499, 259], 1),
+    "dmd2.sdxl-4step-lora": ("sdxl", {}, "LCMScheduler", [999, 749, 499, 249], 1),
+    "sdxl-lightning.4step-lora": ("sdxl", {}, "EulerDiscreteScheduler", [999, 749, 499, 249], 1),
+    "pcm.sdxl-4step": ("sdxl", {}, "TCDScheduler", [999, 759, 499, 259], 1),
+    "hyper-sd.sd3-4step": ("sd3", TRANSFORMER_CALL, "FlowMatchEulerDiscreteScheduler", [1000, 857, 602, 8], 2),        # as its base model's
+    "tdm.sd3-4step": ("sd3", TRANSFORMER_CALL, "DPMSolverMultistepScheduler", None, 1),
+    "hyper-sd.flux-8step": ("flux", TRANSFORMER_CALL | {"max_sequence_length": 12}, "FlowMatchEulerDiscreteScheduler", None, 1),
+    "qwen-image-lightning.4step": ("qwen_image", TRANSFORMER_CALL, "FlowMatchEulerDiscreteScheduler", [1000, 900, 750, 500], 1),
+    "wan2.1-lightx2v.t2v-14b-4step": ("wan", {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 12}, "UniPCMultistepScheduler", None, 1),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_lora_of_each_family_reaches_the_call(name, tmp_path, monkeypatch):
+    """On a pipeline of the same class: scheduler, timesteps, guidance and scale of the plain call."""
+    import diffusers
+    builder, size, kind, times, batch = KINDS[name]
+    base = family(builder, tmp_path / "base")
+    row = registry.student(name)
+    assert json.loads((base / "model_index.json").read_text())["_class_name"] == row.pipeline
+    stock = diffusers.DiffusionPipeline.from_pretrained(base)
+    part = "unet" if hasattr(stock, "unet") else "transformer"
+    network = getattr(stock, part)
+    before, own = {k: v.clone() for k, v in network.state_dict().items()}, stock.scheduler
+    delta = lora_file(network, tmp_path / "few" / "a.safetensors", prefix=part)
+    local(name, monkeypatch, teacher=str(base), source=str(tmp_path / "few"), file="a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe = zoo.load(name, dtype=torch.float32, allow_unverified=row.status != "verified")
+        heard = Heard(pipe, "a red heart", part=part, **size)
+    assert delta and row.lora_scale and type(pipe).__name__ == row.pipeline
+    added(getattr(pipe, part), before, delta, row.lora_scale)
+    assert type(pipe.scheduler).__name__ == kind and all(pipe.scheduler.config[k] == v for k, v in row.scheduler_config.items())
+    if row.scheduler_alone:                           # nothing of the base model's own configuration is left, such as its shift
+        assert all(pipe.scheduler.config[k] == row.scheduler_config.get(k, v) for k, v in type(pipe.scheduler)().config.items() if not k.startswith("_"))
+    elif row.scheduler and part == "unet":
+        assert pipe.scheduler.config.beta_schedule == own.config.beta_schedule == "scaled_linear"
+    got = pipe.scheduler.timesteps.tolist()
+    assert len(heard.batches) == len(got) == row.usual_steps and set(heard.batches) == {batch}
+    assert times is None or [int(t + 0.01) for t in got] == times
+    assert all(k.get("eta") == v for k in heard.steps for a, v in row.call.items() if a == "eta")
+    if builder == "flux":                             # its guidance is an input of the network
+        assert {float(t["guidance"][0]) for t in heard.told} == {3.5}
+    if row.scheduler_config.get("flow_shift"):        # trailing or linear grids of the solver, moved by the row's shift
+        assert max(got) >= 999 and got == sorted(got, reverse=True)
+
+
+def test_a_lora_of_two_files_goes_to_two_networks(tmp_path, monkeypatch):
+    """Wan 2.2: one file for the network of high noise, one for that of low noise; both samplings are heard."""
+    from diffusers import WanPipeline
+    base = family("wan", tmp_path / "base", two_networks=True)
+    stock = WanPipeline.from_pretrained(base)
+    parts = {"transformer": stock.transformer, "transformer_2": stock.transformer_2}
+    before = {p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in parts.items()}
+    delta = {p: lora_file(m, tmp_path / "few" / f"{p}.safetensors", seed=i) for i, (p, m) in enumerate(parts.items())}
+    name = "wan2.2-lightning.t2v-a14b-4step"
+    row = local(name, monkeypatch, teacher=str(base), source=str(tmp_path / "few"), file="transformer.safetensors", second_file="transformer_2.safetensors")
+    with pytest.raises(UserError, match="not verified"):
+        zoo.load(name)
+    pipe = zoo.load(name, dtype=torch.float32, allow_unverified=True)
+    for p in parts:
+        added(getattr(pipe, p), before[p], delta[p], row.lora_scale)
+    heard = Heard(pipe, "a red heart", part="transformer", height=32, width=32, num_frames=5, max_sequence_length=12)
+    assert len(heard.batches) == 4 and set(heard.batches) == {1} and pipe.guidance_scale == 1.0 and pipe._guidance_scale_2 == 1.0
+    assert pipe.scheduler.config.flow_shift == 5.0 and type(pipe.scheduler).__name__ == "UniPCMultistepScheduler"
+
+
+@pytest.mark.parametrize("name, times, config", [("dmd2.sdxl-4step", [999, 749, 499, 249], {"original_inference_steps": 4}), ("hyper-sd.sdxl-1step", [800], {}),
+                                                 ("sdxl-lightning.1step", [999], {"prediction_type": "sample", "timestep_spacing": "trailing"})])
+def test_a_unet_file_in_an_sdxl_pipeline(name, times, config, tmp_path, monkeypatch):
+    from diffusers import UNet2DConditionModel
+    base = family("sdxl", tmp_path / "base")
+    state = {k: v + 0.01 for k, v in UNet2DConditionModel.from_pretrained(base, subfolder="unet").state_dict().items()}
+    save_file(state, tmp_path / "unet.safetensors")
+    row = local(name, monkeypatch, teacher=str(base), source=str(tmp_path), file="unet.safetensors")
+    pipe = zoo.load(name)
+    assert type(pipe).__name__ == row.pipeline == "StableDiffusionXLPipeline" and all(torch.equal(v, state[k]) for k, v in pipe.unet.state_dict().items())
+    heard = Heard(pipe, "a red heart")
+    assert heard.times == times and set(heard.batches) == {1} and all(pipe.scheduler.config[k] == v for k, v in config.items())
 
 
 # ------------------------------------------------------------------------------------------------------- folders

@@ -79,29 +79,3 @@ def test_wheel_holds_assets_and_scripts(tmp_path):
     assert {f for f in tracked if f} <= names
     assert {n.split("/")[0] for n in names} == {"zoo", f"fewstep-{zoo.__version__}.dist-info"}
     assert sum(i.compress_size for i in zipfile.ZipFile(wheel).infolist() if "/assets/" in i.filename and "/students/" not in i.filename) <= 25e6
-
-
-def test_sample(tmp_path, monkeypatch):
-    """One tile per seed; the same call twice draws the same; wrong steps, classes and counts are refused."""
-    from diffusers import ConsistencyModelPipeline
-    from PIL import Image
-
-    class Student(ConsistencyModelPipeline):
-        _contract = type("Contract", (), {"steps": (2, 1)})
-
-        def __init__(self):
-            pass
-
-        def __call__(self, class_labels, num_inference_steps, generator):
-            shade = int(class_labels[0] * 10 + (num_inference_steps or 0) + generator.initial_seed())
-            return type("Output", (), {"images": [Image.new("L", (4, 3), shade)]})
-
-    monkeypatch.setattr("zoo.loading.load", lambda folder: Student())
-    out = tmp_path / "a.png"
-    cli.main(["sample", "folder", "sneaker", "--steps", "2", "--seeds", "3", "--out", str(out)])
-    picture = Image.open(out)
-    assert picture.size == (12, 3) and [picture.getpixel((x, 1)) for x in (0, 4, 8)] == [72, 73, 74]
-    for words in (["sneaker", "--steps", "3"], ["hat"], ["7", "--seeds", "0"], ["7", "--out", str(tmp_path / "none" / "a.png")]):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["sample", "folder", *words])
-        assert stopped.value.code == 2

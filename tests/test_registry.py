@@ -205,6 +205,64 @@ def test_students_name_registered_methods():
 
 
 STUDENT_NAMES = [s.name for s in registry.STUDENTS]
+COMMUNITY = [s for s in registry.STUDENTS if s.kind == "community"]
+
+
+def test_rows_are_pinned_to_a_commit_or_say_that_none_is_known():
+    for row in COMMUNITY:
+        assert bool(re.fullmatch(r"[0-9a-f]{40}", row.revision)) != ("opened at its newest commit" in row.note and row.revision == "main"), row.name
+    assert sum(row.revision != "main" for row in COMMUNITY) > 0.7 * len(COMMUNITY)
+    assert registry.community.COMMITS.keys() <= {row.source for row in COMMUNITY}                 # and no commit of nothing
+
+
+def test_a_verified_row_has_a_licence_and_an_unknown_one_is_said():
+    assert {row.name for row in COMMUNITY if row.license == "unknown" and row.status == "verified"} == set()
+    for row in COMMUNITY:
+        assert (row.license == "unknown") == ("licence not verified" in row.note), row.name
+    # a student of a base that forbids commercial use forbids it too, where both are known
+    from zoo.hub.lint import non_commercial
+    for row in COMMUNITY:
+        assert non_commercial({"license": row.license}) or not non_commercial({"license": row.base_license}), row.name
+
+
+def test_every_field_of_a_row_is_read_somewhere():
+    """No row says what nobody asks for: attributes read in the package and its benchmarks."""
+    files = [p for place in ("zoo", "benchmarks") for p in (ROOT / place).rglob("*.py")]
+    read = {n.attr for p in files for n in ast.walk(ast.parse(p.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)}
+    for kind in (registry.Student, registry.Method, registry.Metric, registry.Paper):
+        assert {f.name for f in dataclasses.fields(kind)} - read == set(), kind
+
+
+@pytest.mark.parametrize("name, arxiv", [("sd-turbo", "2311.17042"), ("sdxl-turbo", "2311.17042"), ("turbo", "2311.17042"), ("add", "2311.17042"),
+                                         ("sdxl-lightning.4step", "2402.13929"), ("sdxl-lightning", "2402.13929"), ("hyper-sd.sdxl-4step", "2404.13686"),
+                                         ("hyper-sd", "2404.13686"), ("lcm-lora.sdxl", "2311.05556"), ("lcm-lora", "2311.05556"), ("lcm.sdxl", "2310.04378"),
+                                         ("pcm.sdxl-2step", "2405.18407"), ("pcm", "2405.18407"), ("tcd.sd15", "2402.19159"), ("tdm.sd3-4step", "2503.06674"),
+                                         ("sana-sprint.1.6b", "2503.09641"), ("sana-sprint", "2503.09641"), ("anyflow", "2605.13724"), ("dmd2", "2405.14867"),
+                                         ("dmd2.sdxl-4step", "2405.14867"), ("flux.1-schnell", "2403.12015"), ("z-image-turbo", "2511.22677")])
+def test_a_student_its_family_and_its_paper_are_cited(name, arxiv, capsys):
+    from zoo import cli
+    text = zoo.cite(name)
+    assert text.count("@article{") == 1 and f"arXiv:{arxiv}" in text and "others" not in text
+    cli.main(["cite", name])
+    assert text in capsys.readouterr().out
+    cli.main(["show", name])
+    assert arxiv in capsys.readouterr().out
+
+
+def test_what_has_no_paper_is_cited_by_its_place_and_what_is_nothing_is_refused():
+    assert zoo.cite("flux.2-klein-4b") == ("@misc{flux2klein4b,\n  title = {black-forest-labs/FLUX.2-klein-4B},\n"
+                                           "  url   = {https://huggingface.co/black-forest-labs/FLUX.2-klein-4B}\n}")
+    for name in ("", "undisclosed", "nothing", "sdxl-light"):
+        with pytest.raises(zoo.UserError, match=f"unknown method '{name}'"):
+            zoo.cite(name)
+    with pytest.raises(zoo.UserError, match="turbo has no script here, only students of others .sdxl-turbo, sd-turbo"):
+        registry.method("turbo")
+    assert {p.name for p in registry.PAPERS} <= {s.paper or s.method for s in registry.STUDENTS}
+    assert set(registry.METHOD_ALIASES.values()) <= {m.name for m in registry.METHODS} | {p.name for p in registry.PAPERS}
+
+
+def test_methods_are_our_own_scripts():
+    assert not {m.name for m in zoo.methods()} & {p.name for p in registry.PAPERS}
 
 
 def test_student_names_are_their_own():
@@ -228,7 +286,7 @@ def test_row_of_a_student(name):
         return
     assert row.facts and (row.status == "verified" or row.note)
     assert all(f.startswith("https://") for f in row.facts)
-    assert row.parts in ("pipeline", "lora", "component", "single-file") and bool(row.component) == (row.parts == "component")
+    assert row.parts in ("pipeline", "lora", "component") and bool(row.component) == (row.parts == "component")
     for file in (row.file, row.second_file):
         assert not file.startswith("/") and ".." not in file
     accepts = inspect.signature(getattr(diffusers, row.pipeline).__call__).parameters

@@ -75,6 +75,27 @@ def test_terminate_saves_the_current_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_resumes_bit_exactly(tmp_path):
+    """Asked twice in a row, as by a launcher that passes on the Ctrl-C its children had too."""
+    child = launch("dmd", tmp_path / "run", "--steps", "100000", "--checkpoint_every", "100000", wait=False)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+        assert child.poll() is None, child.stderr.read()[-2000:]
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err, err[-2000:]
+    assert err.splitlines()[-1].startswith("stopped at step") and "the same command resumes" in err.splitlines()[-1]
+    end = last(tmp_path / "run")[1]["step"] + 4
+    resumed = launch("dmd", tmp_path / "run", "--steps", str(end), "--checkpoint_every", "100000")
+    assert resumed.returncode == 0 and "resumed from" in resumed.stderr, resumed.stderr[-2000:]
+    whole = launch("dmd", tmp_path / "whole", "--steps", str(end), "--checkpoint_every", "100000")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    a, b = last(tmp_path / "whole"), last(tmp_path / "run")
+    assert a[1]["step"] == b[1]["step"] == end and same(a[0], b[0])
+
+
+@pytest.mark.slow
 def test_two_ranks_and_accumulation_agree_with_one_rank(tmp_path):
     """Noise, times and data are indexed by global sample number: the same run, up to the order of sums."""
     runs = {"one": {}, "accumulated": {"flags": ["--accumulate", "2"]}, "two": {"ranks": 2, "flags": ["--accumulate", "2"]}}
@@ -164,6 +185,114 @@ def test_a_nan_stops_with_the_step_and_the_last_checkpoint(tmp_path):
         for _ in run.loop():
             run.minimize(G, loss, data)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-0000005", "step-0000010"]
+
+
+class Breaks(torch.nn.Module):
+    """A teacher's velocity that turns NaN when told."""
+    broken = False
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, x, timestep, label):
+        return x * self.w * (float("nan") if Breaks.broken else 1)
+
+
+def test_a_teacher_that_turns_nan_ends_the_script_and_the_run_goes_on_from_before(tmp_path, monkeypatch):
+    import train_dmd
+    from zoo import backbones
+    def go():
+        teacher = backbones.Custom(Breaks(), {"label": torch.arange(4)}, shape=(2,))
+        return train_dmd.main(train_dmd.Config(teacher=teacher, output_dir=str(tmp_path / "run"), batch=8, steps=14, checkpoint_every=5, time_budget=0,
+                                               measure_every=0, sample_every=0))
+    save = Run.save
+    def break_later(run):
+        save(run)
+        Breaks.broken = run.step >= 10
+    with monkeypatch.context() as m:
+        m.setattr(Run, "save", break_later)
+        try:
+            with pytest.raises(UserError, match=r"not finite at step 10; the last good checkpoint is .*step-0000010"):
+                go()
+        finally:
+            Breaks.broken = False
+    assert not (tmp_path / "run" / "student").exists()
+    assert go().step == 14 and json.loads((tmp_path / "run/measured.json").read_text())["exported_step"] == 14
+    assert all(v.isfinite().all() for v in load_file(tmp_path / "run/student/custom.safetensors").values())
+
+
+@pytest.mark.parametrize("export", ["best", "last"])
+def test_the_best_student_by_the_score_is_exported_or_the_last_on_demand(tmp_path, export):
+    """A run that is ruined after its first measurement."""
+    cfg, model, run = make_run(tmp_path, steps=8, checkpoint_every=4, measure_every=4, sample_every=0, export=export, ema=0)
+    G = run.train("student", model.make("student"), 0.05)
+    run.watch(G, torch.tensor([1.0]))
+    data = model.batches()
+    def loss(batch):
+        return {"loss": G(batch.randn(), batch.rand() * 0.9 + 0.05, batch.cond).square().mean() * (run.step >= 4)}
+    for _ in run.loop():
+        run.minimize(G, loss, data)
+    rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    scores = {r["step"]: r["measure/score"] for r in rows if "measure/score" in r}
+    assert scores[8] > 2 * scores[4]
+    facts, step = json.loads((tmp_path / "run/measured.json").read_text()), {"best": 4, "last": 8}[export]
+    assert facts["exported_step"] == step and facts["score"] == scores[step] and facts["steps"] == 8
+    left = load_file(tmp_path / "run/student/toy.safetensors")
+    same_as = lambda weights: all(torch.equal(left[k], v) for k, v in weights.items() if k in left)
+    assert same_as(model.module.state_dict()) is (export == "best")          # nothing had moved at step 4
+    assert [p.name for p in (tmp_path / "run/best").iterdir()] == ["step-0000004.safetensors"]
+
+
+def test_going_back_to_an_older_checkpoint_forgets_what_was_best_later(tmp_path):
+    _, model, run = make_run(tmp_path, steps=4, checkpoint_every=2, measure_every=2, sample_every=0)
+    def go(run):
+        G = run.train("student", model.make("student"), 1e-3)
+        run.watch(G, torch.tensor([1.0]))
+        data = model.batches()
+        for _ in run.loop():
+            run.minimize(G, lambda b: {"loss": G(b.randn(), b.rand() * 0.9 + 0.05, b.cond).square().mean()}, data)
+    go(run)
+    (tmp_path / "run" / "best" / f"step-{run.best[1]:07d}.safetensors").unlink()
+    again = Run(run.cfg, model)
+    again.cfg.steps = 6
+    go(again)
+    assert again.step == 6 and again.best[1] == 6
+
+
+def test_the_bar_shows_when_the_nearest_limit_ends_the_run(tmp_path, capfd):
+    """A million steps would take days; the time budget ends after a second, or the calls after a few hundred steps."""
+    cfg, model, run = make_run(tmp_path, steps=10**6, checkpoint_every=0, measure_every=0, sample_every=0)
+    cfg.time_budget = 2.0
+    G = run.train("student", model.make("student"), 1e-3)
+    data = model.batches()
+    ends = []
+    for _ in run.loop():
+        run.minimize(G, lambda b: {"loss": G(b.randn(), b.rand() * 0.9 + 0.05, b.cond).square().mean()}, data)
+        time.sleep(0.02)
+        ends.append(run._last_step(0, 0.0, 0))
+    assert all(0.7 * run.step < end < 1.4 * run.step for end in ends[20:]), (run.step, ends)
+    shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("dmd: ") and "it/s" in line]
+    assert shown and all("<00:0" in line for line in shown) and f"{run.step}/{run.step} " in shown[-1], shown
+    run.cfg.time_budget, run.cfg.max_calls, calls = 0.0, 2 * run.calls, run.calls
+    assert calls and run._last_step(0, 0.0, 0) == 2 * run.step
+    run.cfg.steps = run.step + 1
+    assert run._last_step(0, 0.0, 0) == run.step + 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_rows_anew(tmp_path):
+    _, model, run = make_run(tmp_path)
+    run.log({"student/loss": 1.0})
+    again = Run(run.cfg, model)
+    again.log({"student/loss": 2.0})
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["student/loss"] for r in rows] == [2.0]
+
+
+@pytest.mark.parametrize("flag", ["batch", "accumulate", "keep_checkpoints", "checkpoint_every"])
+def test_numbers_below_their_least_are_refused(tmp_path, flag):
+    with pytest.raises(UserError, match=f"--{flag} -1"):
+        make_run(tmp_path, **{flag: -1}) if flag != "batch" else Run(RunConfig(teacher="toy", batch=-1, output_dir=str(tmp_path)), make_run(tmp_path)[1])
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):

@@ -306,14 +306,17 @@ def test_a_lora_of_another_base_model_is_not_passed_over(student, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- a default call is right or raises
 def test_a_folder_that_does_not_hold_to_its_contract_is_refused(student):
-    config = student / "scheduler" / "scheduler_config.json"
-    before = config.read_text()
+    config, index = student / "scheduler" / "scheduler_config.json", student / "model_index.json"
+    before, named = config.read_text(), index.read_text()
     for changes, match in (({"original_inference_steps": 7}, "samples 2 steps at .*trained at"), ({"prediction_type": "v_prediction"}, "reads the network as"),
-                           ({"_class_name": "DDIMScheduler"}, "LCMScheduler|DDIMScheduler"), ({"_fewstep": Contract({1: (999,)}, prediction="epsilon").to_json()}, "is another"),
+                           ({"_fewstep": Contract({1: (999,)}, prediction="epsilon").to_json()}, "is another"),
                            ({"original_inference_steps": 1}, "does not sample 2 steps")):
         change(config, **changes)
         refused(student, f"does not hold to its contract.*({match})")
         config.write_text(before)
+    change(index, scheduler=["diffusers", "DDIMScheduler"])
+    refused(student, "does not hold to its contract: the scheduler is DDIMScheduler, the student was trained for LCMScheduler")
+    index.write_text(named)
     assert zoo.load(student)._contract == CONTRACT == read_record(student)[0]
 
 

@@ -88,7 +88,7 @@ def main(cfg: Config) -> Run:
         if cfg.gan:
             x_t, t = renoised(batch, x)
             y_t, s = renoised(batch, batch.x0)
-            adversarial = critics.discriminator(fake(y_t, s, batch.cond, r=at, logits=True)[1], fake(x_t, t, batch.cond, r=at, logits=True)[1])
+            adversarial = critics.discriminator(*critics.logits(fake, [(y_t, s), (x_t, t)], batch.cond, at))
             loss = denoise + cfg.gan_critic * adversarial
             return {"loss": loss, "denoising": denoise, "adversarial": adversarial}
         return {"loss": loss, "denoising": denoise}

@@ -70,7 +70,7 @@ def lagrangian(u, velocity, x_t, t, r, how, h):
 def eulerian(u, velocity, x_t, t, r, how, h):
     """u - sg[ v - (t - r) du/dt ], where the target is u + dX/dt along (v, 1)."""
     X = lambda x, t: x - per_sample(t - r, x) * u(x, t, r)
-    _, dX = calculus.total_derivative(X, (x_t, t), (velocity(x_t, t).detach(), torch.ones_like(t)), how, h)
+    dX = calculus.derivative(X, (x_t, t), (velocity(x_t, t).detach(), torch.ones_like(t)), how, h)
     average = u(x_t, t, r)
     return average - (average + dX).detach()
 
@@ -91,7 +91,7 @@ def main(cfg: Config) -> Run:
     real = view(model.teacher, flow)
     net = model.make("student", lora=cfg.lora, two_time=True, init=cfg.init_student, gradient_checkpointing=cfg.gradient_checkpointing)
     G = run.train("student", view(net, flow), cfg.lr)
-    run.watch(G, cfg.student_times, two_time=True)
+    run.watch(G, cfg.student_times, two_time=True, follows_teacher=cfg.velocity == "teacher")
     data = model.batches(images=True)
 
     def flow_map_loss(batch):

@@ -91,7 +91,7 @@ def main(cfg: Config) -> Run:
     G = run.train("student", model.make("student", lora=cfg.lora, init=cfg.init_student, gradient_checkpointing=cfg.gradient_checkpointing,
                                         frozen=CONVOLUTIONS if cfg.freeze_convolutions else ""), cfg.lr)
     D = run.train("critic", model.discriminator(cfg.tell_critic), cfg.critic_lr)
-    run.watch(G, knots)
+    run.watch(G, knots, follows_teacher=cfg.synthetic > 0)
     data = stored(run, model.teacher, cfg.synthetic, cfg.synthetic_steps, model.guidance) if cfg.synthetic else model.batches(images=True)
     weights = cfg.time_weights[: len(knots)]
     if len(weights) < len(knots):

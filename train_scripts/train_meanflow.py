@@ -52,7 +52,7 @@ class Config(RunConfig):
 
 def average_velocity_target(u, v, x_t, t, r, how, h):
     """v - (t - r) du/dt (eq. 10), detached; u(x, t, r) a function, v [B, ...] the velocity at (x_t, t)."""
-    _, du = calculus.total_derivative(u, (x_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r)), how, h)
+    du = calculus.derivative(u, (x_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r)), how, h)
     return (v - per_sample(t - r, v) * du).detach()
 
 

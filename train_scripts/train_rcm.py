@@ -21,6 +21,7 @@ number N and |d| grows like its square root; constant decay of the average; the 
     accelerate launch train_scripts/train_rcm.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --lora 64 --data user/images
     python train_scripts/train_rcm.py --teacher toy --derivative jvp --steps 400       # seconds
 """
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -58,20 +59,20 @@ class Config(RunConfig):
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
 
-def step_back(velocity, x_t, t, dx, h):
-    """(F, dF/dt along dx) from one step back on the circle: exact for a fixed pair (x0, eps), else O(h)."""
-    v = velocity(x_t, t)
+def step_back(velocity, x_t, t, dx, h, value=None):
+    """(F, dF/dt along dx) from one step back on the circle: exact for a fixed pair (x0, eps), else O(h). value: F where it is known."""
+    v = velocity(x_t, t) if value is None else value.detach()
     x_b = torch.cos(h) * x_t - torch.sin(h) * dx
     return v, (torch.cos(h) * v - velocity(x_b, t - h)) / torch.sin(h)
 
 
-def tangent(velocity, x_t, t, dx, how, h):
-    """g = cos t df/dt along dx [B, ...], detached."""
+def tangent(velocity, x_t, t, dx, how, h, value=None):
+    """g = cos t df/dt along dx [B, ...], detached; value: velocity(x_t, t) where it is known."""
     with torch.no_grad():
         if how == "jvp":
             v, dv = calculus.total_derivative(velocity, (x_t, t), (dx, torch.ones_like(t)), how)
         else:
-            v, dv = step_back(velocity, x_t, t, dx, torch.tensor(h, dtype=t.dtype, device=t.device))
+            v, dv = step_back(velocity, x_t, t, dx, torch.tensor(h, dtype=t.dtype, device=t.device), value)
         return losses.trigflow_tangent(v, dv, x_t, t, dx)
 
 
@@ -109,10 +110,13 @@ def main(cfg: Config) -> Run:
         t = torch.atan(torch.exp(cfg.mean + cfg.std * batch.randn(1)[:, 0])).clamp(h, noisiest - h)
         x_t = flow.noise(batch.x0, batch.randn(), t)
         velocity = lambda x, t: F(x, t, batch.cond, to="velocity")
+        mixed = torch.is_autocast_enabled(x_t.device.type)                   # then the trained call is too coarse for the tangent
+        with nullcontext() if mixed else calculus.full_precision(x_t.device.type):
+            v = velocity(x_t, t)
         with torch.no_grad(), calculus.full_precision(x_t.device.type):      # differences of nearby values
             dx = losses.guided(real, x_t, t, batch.cond, batch.uncond, model.guidance, to="velocity")
-            g = tangent(velocity, x_t, t, dx, cfg.derivative, h)
-        loss = consistency = losses.along(velocity(x_t, t), losses.bounded(g, cfg.tangent_c))
+            g = tangent(velocity, x_t, t, dx, cfg.derivative, h, None if mixed else v)
+        loss = consistency = losses.along(v, losses.bounded(g, cfg.tangent_c))
         logged = {"consistency": consistency, "tangent": g.flatten(1).norm(dim=1).mean()}
         if run.step >= cfg.dmd_after:
             x = F(*rollout_input(batch), batch.cond)

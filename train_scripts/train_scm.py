@@ -19,6 +19,7 @@ is exact, for networks that have forward mode), in float32 whatever the precisio
     accelerate launch train_scripts/train_scm.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --data user/images --derivative jvp
     python train_scripts/train_scm.py --teacher toy --derivative jvp --steps 400       # seconds
 """
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -51,9 +52,9 @@ class Config(RunConfig):
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
 
 
-def tangent(velocity, x_t, t, dx, ramp, how, h):
-    """g = cos t df/dt along dx [B, ...] (Alg. 1), detached; velocity(x, t) is s F."""
-    v, dv = calculus.total_derivative(velocity, (x_t, t), (dx, torch.ones_like(t)), how, h)
+def tangent(velocity, x_t, t, dx, ramp, how, h, value=None):
+    """g = cos t df/dt along dx [B, ...] (Alg. 1), detached; velocity(x, t) is s F, value what it is at (x_t, t) where that is known."""
+    v, dv = calculus.total_derivative(velocity, (x_t, t), (dx, torch.ones_like(t)), how, h, value)
     return losses.trigflow_tangent(v, dv, x_t, t, dx, ramp)
 
 
@@ -75,10 +76,13 @@ def main(cfg: Config) -> Run:
         t = torch.atan(ratio / cfg.sigma_data).clamp(h, noisiest - h)
         x_t = flow.noise(batch.x0, batch.randn(), t)
         velocity = lambda x, t: F(x, t, batch.cond, to="velocity")
+        mixed = torch.is_autocast_enabled(x_t.device.type)                   # then the trained call is too coarse for the tangent
+        with nullcontext() if mixed else calculus.full_precision(x_t.device.type):
+            v = velocity(x_t, t)
         with torch.no_grad(), calculus.full_precision(x_t.device.type):      # differences of nearby values
             dx = losses.guided(real, x_t, t, batch.cond, batch.uncond, model.guidance, to="velocity")
-            g = tangent(velocity, x_t, t, dx, min(1.0, run.step / max(cfg.tangent_warmup, 1)), cfg.derivative, h)
-        loss = losses.along(velocity(x_t, t) / cfg.sigma_data, losses.bounded(g, cfg.tangent_c))
+            g = tangent(velocity, x_t, t, dx, min(1.0, run.step / max(cfg.tangent_warmup, 1)), cfg.derivative, h, None if mixed else v)
+        loss = losses.along(v / cfg.sigma_data, losses.bounded(g, cfg.tangent_c))
         return {"loss": loss, "tangent": g.flatten(1).norm(dim=1).mean()}
 
     for _ in run.loop():

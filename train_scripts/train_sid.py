@@ -82,7 +82,7 @@ def main(cfg: Config) -> Run:
     fake = run.train("critic", model.make("critic", lora=cfg.lora, gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
     data = model.batches()
     knots = torch.tensor(cfg.student_times) * process.t_max
-    run.watch(G, knots)
+    run.watch(G, knots, follows_teacher=cfg.cfg == "long-short")
     k1, k2, k4 = scales(cfg, model.guidance)
 
     def student_input(batch):

@@ -73,7 +73,7 @@ def main(cfg: Config) -> Run:
                                         gradient_checkpointing=cfg.gradient_checkpointing), cfg.lr)
     fake = run.train("critic", model.make("critic", lora=cfg.critic_lora, gradient_checkpointing=cfg.gradient_checkpointing), cfg.critic_lr)
     data = model.batches()
-    run.watch(G, torch.tensor([process.t_max]))
+    run.watch(G, torch.tensor([process.t_max]), follows_teacher=cfg.critic_guidance == 1 and high <= low)      # on both scores it cancels
 
     def sample(batch):
         z = batch.randn()

@@ -124,7 +124,7 @@ def main(cfg: Config) -> Run:
     def judged(batch, s, top, *samples):
         g = torch.maximum(s + batch.rand() * (top - s), torch.full_like(s, 1e-3))
         eps = batch.randn()
-        return [D(noised(process, x, s, g, eps), g, batch.cond, logits=True)[1] for x in samples]
+        return critics.logits(D, [(noised(process, x, s, g, eps), g) for x in samples], batch.cond)
 
     def critic_loss(batch):
         with torch.no_grad():

@@ -70,6 +70,7 @@ def stages(args, total: int):
         def now(what: str) -> None:
             bar.set_description_str(what, refresh=False)
             bar.update()
+            bar.refresh()
         yield now
 
 

@@ -1,6 +1,7 @@
 """What a critic adds to a score network: a denoising loss on the student's samples and a GAN head on tapped features."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,6 +74,14 @@ def denoising(fake, x: Tensor, eps: Tensor, t: Tensor, cond: dict, r: Tensor | N
     x_t = fake.process.noise(x, eps, t)
     alpha, sigma, _, _ = (per_sample(c, x) for c in fake.process.coeffs(t))
     return F.mse_loss(fake(x_t, t, cond, r=r, to="v").float(), (alpha * eps - sigma * x).float())
+
+
+def logits(net, samples: list[tuple[Tensor, Tensor]], cond: dict, r: Tensor | None = None) -> list[Tensor]:
+    """Logits [B] of the network's GAN head for each (x_t [B, ...], t [B]) of one batch of conditions, all in one call."""
+    n = len(samples)
+    x, t = (torch.cat(parts) for parts in zip(*samples))
+    repeated = {k: torch.cat([v] * n) for k, v in cond.items()}
+    return list(net(x, t, repeated, r=None if r is None else torch.cat([r] * n), logits=True)[1].chunk(n))
 
 
 def discriminator(real_logit: Tensor, fake_logit: Tensor) -> Tensor:

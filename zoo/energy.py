@@ -21,7 +21,7 @@ class Counter:
     name: str
     now: Callable[[], float]
     wraps: float = math.inf
-    last: float = 0.0
+    last: float = math.nan          # the reading before, once there was one
 
 
 def cpu_counters(root: Path = POWERCAP) -> list[Counter]:
@@ -40,12 +40,13 @@ def cpu_counters(root: Path = POWERCAP) -> list[Counter]:
     return found
 
 
-def gpu_counter(uuid: str) -> Counter | None:
-    """Counter of the NVIDIA GPU with this id ("GPU-..."); None without `nvidia-ml-py`, and for GPUs older than Volta or shared by MIG."""
+def gpu_counter(device) -> Counter | None:
+    """Counter of a torch device's NVIDIA GPU; None without `nvidia-ml-py`, and for GPUs older than Volta, shared by MIG or not NVIDIA's."""
     try:
         import pynvml
+        import torch
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         now = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         now()
     except Exception:            # an optional library and a driver of any age: whatever they raise, there is no counter
@@ -59,15 +60,12 @@ class Meter:
     def __init__(self, device=None, cpu: bool = True):
         self.joules, self.why, self._read_at = 0.0, "", 0.0
         self.counters = cpu_counters(POWERCAP) if cpu else []
-        missing = [] if self.counters or not cpu else ["no energy counter of the CPU can be read"]
-        if device is not None and device.type == "cuda":
-            import torch
-            gpu = gpu_counter(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-            self.counters += [gpu] if gpu else []
-            missing = missing if gpu else ["no energy counter of the GPU can be read (it takes nvidia-ml-py)"]
-            if gpu is None:                    # the CPU's alone would pass for the whole
-                self.counters = []
-        self.why = missing[0] if missing and not self.counters else ""
+        if device is not None and device.type != "cpu":
+            gpu = gpu_counter(device) if device.type == "cuda" else None
+            self.counters = [*self.counters, gpu] if gpu else []           # the CPU's alone would pass for the whole
+            self.why = "" if gpu else "no energy counter of the GPU can be read; NVIDIA's take nvidia-ml-py"
+        elif cpu and not self.counters:
+            self.why = "no energy counter of the CPU can be read"
 
     @property
     def of(self) -> list[str]:
@@ -79,7 +77,8 @@ class Meter:
             self.counters, self.why = [], self.why or "a part of the run was not measured"
         self.joules = joules or 0.0
         for counter in self.counters:
-            counter.last = counter.now()
+            counter.last = math.nan
+        self.read(at_once=True)
 
     def read(self, at_once: bool = False) -> None:
         """Add what was taken since the last reading. Cheap enough for every step: counters are asked every EVERY seconds."""
@@ -89,7 +88,7 @@ class Meter:
         try:
             for counter in self.counters:
                 now = counter.now()
-                taken = now - counter.last
+                taken = 0.0 if math.isnan(counter.last) else now - counter.last
                 self.joules += taken if taken >= 0 else taken + counter.wraps if math.isfinite(counter.wraps) else now
                 counter.last = now
         except Exception:          # a driver that went away must not end a run

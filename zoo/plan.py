@@ -1,6 +1,9 @@
 """What a run will cost, said before step 1: parameters and memory per role, and a refusal when it cannot fit."""
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from dataclasses import dataclass, field
 
@@ -87,7 +90,7 @@ def plan(run) -> Estimate:
         free = torch.cuda.mem_get_info(run.device)[0]
     else:
         import psutil
-        free = psutil.virtual_memory().available
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))       # its ranks share it
     lines.append(f"memory: {held / GB:.3f} GB held, about {needed / GB:.3f} GB more at the peak of a step, {free / GB:.2f} GB free")
     batch = next((r["batch"] for n, r in cfg.recipes.items() if n == cfg.recipe and "batch" in r), None)
     if batch:
@@ -99,6 +102,14 @@ def plan(run) -> Estimate:
 
 
 plan.latest = None         # of this process: what an out-of-memory error is told beside
+
+
+def out_of_space(error: BaseException) -> str:
+    """One line for a write that found no room, or ""."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not full and not (type(error).__name__ == "SafetensorError" and re.search(r"os error (27|28|122)\b", str(error))):
+        return ""
+    return f"could not write ({error}): free some space, or give another --output_dir; the same command resumes from the last checkpoint"
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -41,7 +41,7 @@ FREE_TO_CHANGE = {"steps", "time_budget", "output_dir", "checkpoint_every", "kee
 @dataclass
 class RunConfig:
     """Flags every script has."""
-    teacher: str = "emoji"          # emoji, fashion, avatars, toy, a diffusers folder or a Hub id
+    teacher: str = "emoji"          # emoji, fashion, toy, toy-video, a diffusers folder or a Hub id
     output_dir: str = ""            # default: outputs/<method>-<teacher>
     data: str = ""                  # prompts (txt, csv, jsonl, parquet) or images (folder, parquet, tar shards, Hub set); default: the teacher's own
     cache: str = ""                 # folder where encoded prompts and pictures are kept (docs/data.md); none: in memory, up to 4 GB of each
@@ -193,6 +193,9 @@ class Run:
         self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         if cfg.compile:
             compiled.check(cfg, bool(self.fsdp or self.zero), self.device)
+        for name, least in {"batch": 1, "accumulate": 1, "keep_checkpoints": 1, "log_every": 0, "checkpoint_every": 0, "sample_every": 0, "measure_every": 0}.items():
+            if getattr(cfg, name) < least:
+                raise UserError(f"--{name} {getattr(cfg, name)}: give {least} or more")
         if cfg.batch % (self.world * cfg.accumulate):
             raise UserError(f"--batch {cfg.batch} is not divisible by {self.world} ranks x {cfg.accumulate} micro-batches")
         set_seed(cfg.seed)
@@ -237,7 +240,8 @@ class Run:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             _write(record, json.dumps(mine, indent=1))
-            self._log_file = open(self.out / "metrics.jsonl", "a")
+            # Killed before its first checkpoint, a run begins anew, and so do its rows.
+            self._log_file = open(self.out / "metrics.jsonl", "a" if self.resume_from else "w")
         if self.accelerator.log_with:
             self.accelerator.init_trackers("fewstep", config={k: v for k, v in mine.items() if isinstance(v, (int, float, str, bool))})
 
@@ -406,7 +410,8 @@ class Run:
         return self.watcher
 
     def loop(self) -> Iterator[int]:
-        """Steps of the student until --steps or --time_budget; resumes, logs, checkpoints, measures, exports at the end."""
+        """Steps of the student until --steps, --time_budget or --max_calls; resumes, logs, checkpoints, measures, exports at the end.
+        SIGINT (Ctrl-C) and SIGTERM end it after the step under way: a checkpoint, then exit code 128 + signal (130, 143)."""
         cfg = self.cfg
         from .plan import plan
         self._count()                        # what the script prepared before its loop, such as stored pairs
@@ -432,6 +437,7 @@ class Run:
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
         from tqdm import tqdm
         bar = tqdm(total=cfg.steps, initial=self.step, disable=self.rank != 0, dynamic_ncols=True, mininterval=1.0, desc=cfg.method)
+        begun = self.step, self.elapsed, self.calls
         try:
             self._saved = self.step if self.resume_from else -1
             while self.step < cfg.steps and not self._out_of_time() and not (cfg.max_calls and self.calls >= cfg.max_calls):
@@ -440,21 +446,26 @@ class Run:
                 self.step += 1
                 self.elapsed += time.perf_counter() - began
                 self._count()
+                bar.total = self._last_step(*begun)
                 bar.update()
                 self._housekeeping(bar)
                 if self._stopping():
-                    self.save()
+                    self._save_once()
                     bar.close()
                     if self.rank == 0:
                         print(f"stopped at step {self.step}; checkpoint saved, the same command resumes", file=sys.stderr)
                     raise SystemExit(128 + (self._stop or signal.SIGTERM))
-            if self.step != self._saved:
-                self.save()
+            self._save_once()
             bar.close()
             self.energy = self._energy()
             if self.watcher:
                 self.watcher.finish()
+        except BaseException:
+            for tracker in self.accelerator.trackers:        # they write behind, and what they hold would be lost
+                tracker.finish()
+            raise
         finally:
+            bar.close()
             for s, h in handlers.items():
                 signal.signal(s, h)
             if self.rank == 0:
@@ -478,9 +489,22 @@ class Run:
                 sharding.rest(module)
 
     def _on_signal(self, number, _frame):
-        if self._stop is not None:
+        """Stop after this step; at once when asked again, but not by a launcher that passes a Ctrl-C on which this process had too."""
+        now = time.monotonic()
+        if self._stop is None:
+            self._stop, self._stopped = number, now
+        elif now - self._stopped > 2:
             raise KeyboardInterrupt
-        self._stop = number
+
+    def _last_step(self, step: int, elapsed: float, calls: int) -> int:
+        """The step at which --steps, --time_budget or --max_calls, whichever comes first, will end the run, at the pace since
+        (step, elapsed, calls)."""
+        cfg, done = self.cfg, self.step - step
+        ends = [cfg.steps]
+        for limit, now, then in ((cfg.time_budget, self.elapsed, elapsed), (cfg.max_calls, self.calls, calls)):
+            if limit and now > then:
+                ends.append(self.step + max(0, math.ceil((limit - now) * done / (now - then))))
+        return min(ends)
 
     def _stopping(self) -> bool:
         return bool(self._agree(float(self._stop is not None)))
@@ -547,9 +571,11 @@ class Run:
                 raise UserError(self._last_words(f"{k} exploded to {v:.3g} at step {self.step}"))
 
     def _last_words(self, what: str) -> str:
+        return f"{what}; {self._kept()}. Lower --lr, raise --warmup or --batch, or train without --mixed_precision, in a new --output_dir"
+
+    def _kept(self) -> str:
         last = self._latest()
-        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-        return f"{what}; {kept}. Lower --lr, raise --warmup or --batch, or train without --mixed_precision, in a new --output_dir"
+        return f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
 
     def log(self, values: dict):
         """To metrics.jsonl always, and to the tracker when there is one."""
@@ -587,11 +613,16 @@ class Run:
             except Exception as error:
                 shutil.rmtree(temp, ignore_errors=True)
                 if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-                    raise UserError(f"could not write a checkpoint to {root} ({error}); {self._last_words('free some space')}") from error
+                    raise UserError(f"could not write a checkpoint to {root} ({error}); {self._kept()}. Free some space: the same command resumes") from error
                 raise
             for old in sorted(root.glob("step-*"))[: -self.cfg.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _save_once(self):
+        """Save, unless this step just was: the checkpoint would be written over itself, with a moment of none."""
+        if self.step != self._saved:
+            self.save()
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, file by file, as whole tensors; under FSDP all ranks call it, and the first keeps them, on the CPU."""
@@ -702,15 +733,19 @@ def cli(main: Callable, config: type[RunConfig]):
 
     try:
         main(parse(config, sys.argv[1:], tyro))
+        return
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
-    except (RuntimeError, MemoryError) as error:
-        from .plan import out_of_memory
-        if not (text := out_of_memory(error)):
+        text = str(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes from the last checkpoint, if there is one", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT)
+    except Exception as error:
+        from .plan import out_of_memory, out_of_space
+        if not (text := out_of_memory(error) or out_of_space(error)):
             raise
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+    # Out here the error has let go of its frames, so that the loop has ended its line of progress.
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def parse(config: type[RunConfig], argv: list[str], tyro) -> RunConfig:

@@ -5,9 +5,11 @@ the student's samples and the teacher's many-step samples, prompt by prompt, in 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -213,7 +215,11 @@ class Watcher:
             if run.rank == 0:
                 from .run import save_tensors
                 (run.out / "best").mkdir(exist_ok=True)
-                save_tensors(weights, run.out / "best" / "student.safetensors")
+                save_tensors(weights, self._best())
+
+    def _best(self) -> Path:
+        """Weights of the best student so far, by its step: a checkpoint names its own, whatever was measured after it."""
+        return self.run.out / "best" / f"step-{self.run.best[1]:07d}.safetensors"
 
     def losses(self, means: dict):
         """Scalars of a logging step, for the health rules that need no samples."""
@@ -233,7 +239,8 @@ class Watcher:
         return {n: v.detach() for n, v in values.items() if not n.startswith("head.")}
 
     def summary(self) -> dict:
-        return {"score": f"{self.last['score']:.3g}@{self.last['step']}"} if self.last else {}
+        score = {"score": f"{self.last['score']:.3g}@{self.last['step']}"} if self.last else {}
+        return score | {"health": ", ".join(sorted(self.health.active)) or "ok"}
 
     def state(self):
         return {"last": self.last, "health": self.health.state_dict()}
@@ -242,6 +249,8 @@ class Watcher:
         if state:
             self.last = state["last"]
             self.health.load_state_dict(state["health"])
+        if self.run.best[1] > 0 and not self._best().exists():        # somebody went back to an older checkpoint
+            self.run.best = (math.inf, -1)
 
     # ------------------------------------------------------------------------------------------------ the end
     def finish(self):
@@ -256,7 +265,7 @@ class Watcher:
             if cfg.export == "best" and run.best[1] > 0:
                 from safetensors.torch import load_file
                 run.accelerator.wait_for_everyone() if run.sharded else None       # the first rank has written it
-                best = self.student.rows(load_file(run.out / "best" / "student.safetensors"))
+                best = self.student.rows(load_file(self._best()))
                 weights, step = {n: v.to(run.device) for n, v in best.items()}, run.best[1]
             self.net = self.student.net.reading(weights)
             self.export(step)
@@ -306,7 +315,8 @@ class Watcher:
         net = sharding.assembled(self.net, run.rank == 0) if run.sharded else self.net
         if run.rank:
             return
-        facts |= {"samples": self.n, "exported_step": step, "score": run.best[0], "seconds": run.elapsed, "steps": run.step, "calls": run.calls,
+        score = run.best[0] if step == run.best[1] else self.last["score"] if self.last.get("step") == step else None
+        facts |= {"samples": self.n, "exported_step": step, "score": score, "seconds": run.elapsed, "steps": run.step, "calls": run.calls,
                   "trained": {n: sum(p.numel() for p in t.params.values()) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device),
                   "energy": run.energy}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
@@ -335,9 +345,14 @@ class Watcher:
         return self._pusher
 
     def checkpointed(self):
-        """Called after every checkpoint: with --push_to_hub the student as it is leaves in the background, for the branch `training`,
-        unless the last one is still on its way. Only writing the folder takes time of the loop; no failure ends the run."""
+        """Called after every checkpoint: students that were the best before are dropped; with --push_to_hub the student as it is leaves
+        in the background, for the branch `training`, unless the last one is still on its way. Only writing the folder takes time of the
+        loop; no failure ends the run."""
         run = self.run
+        if run.rank == 0:
+            for file in (run.out / "best").glob("step-*.safetensors"):
+                if file != self._best():
+                    file.unlink()
         if run.rank or run.sharded or not run.cfg.push_to_hub or not self.pusher.idle:      # a cut network is put together once, at the end
             return
         from .hub.card import write_card
@@ -379,8 +394,6 @@ def chain(folder: str) -> list[str]:
     """Methods and folders of the students this one was started from, oldest first."""
     if not folder:
         return []
-    from pathlib import Path
-
     from .hub.export import read_record
     record = read_record(Path(folder))[1]
     return [*record.get("chain", []), f"{record.get('method', 'student')} ({folder})"]

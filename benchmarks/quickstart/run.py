@@ -254,16 +254,16 @@ def bench(teacher: str, cfg: Config) -> dict:
     state = logged(teacher, cfg)
     b = functools.cache(lambda: Bench(teacher, cfg.samples))          # loads models: only when something is to be done
     of = lambda who: (b().net, "ode") if who == "teacher" else b().student(state["jobs"][who]["folder"])
-    drawn = False
     if not cfg.timing:
         settle(state, cfg)
         for who in (*state["jobs"], "teacher"):
-            for k in missing(state, who):
+            for k in (left := missing(state, who)):
                 state["rows"].append(b().row(who, of(who)[0], k, of(who)[1]))
                 print(state["rows"][-1], flush=True)
                 state |= {"guidance": b().model.guidance, "sampling_precision": "bf16 autocast" if b().model.bf16_on_cpu else "float32"}
                 save(state)
-                drawn |= who == "student"
+            if who == "student" and left:
+                picture(b(), *of(who), teacher)
     state["rows"].sort(key=lambda r: (r["who"] != "teacher", r["who"], -r["steps"]))
     state["gap_closed"] = {who: gap_closed(state["rows"], who) for who in state["jobs"]}
     here = {"teacher", *(who for who, job in state["jobs"].items() if (ROOT / job["folder"]).exists())}
@@ -275,8 +275,6 @@ def bench(teacher: str, cfg: Config) -> dict:
                 print(r["who"], r["steps"], "steps:", r["ms_per_image"], "ms", flush=True)
         state["timing"] = {"batch": TIMED_BATCH, "repeats": TIMED_REPEATS, "threads": torch.get_num_threads()}
     save(state)
-    if drawn:
-        picture(b(), *of("student"), teacher)
     return state
 
 

@@ -92,6 +92,29 @@ def test_families_that_take_any_size_train_on_batches_of_each_shape(family, fold
     assert all(h * w <= side * side for h, w in sizes)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_stands_in_for_a_broken_picture_has_the_shape_of_its_batch(tmp_path, cached):
+    model = backbones.load(str(tiny_a.build("sd15", tmp_path / "sd")))
+    folder, g = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(120):                                        # the broken one is the only wide picture: no other is of its bucket
+        size = (30, 60, 3) if i == 5 else (40, 40, 3) if i % 2 else (60, 30, 3)
+        Image.fromarray(g.integers(0, 255, size, dtype=np.uint8)).save(folder / f"{i:03}.jpg")
+        (folder / f"{i:03}.txt").write_text(f"red heart {i}")
+    broken = folder / "005.jpg"
+    broken.write_bytes(broken.read_bytes()[:-400])
+    model.data, model.storage = f"{folder}?buckets=yes", Storage(str(tmp_path / "cache") if cached else "")
+    source, shapes, following = model.batches(images=True), [], None
+    with pytest.warns(UserWarning, match=r"skipped 1 of 120 images .*005\.jpg"):
+        for part in source.order(torch.arange(2 * 124), 0, 4).split(4):
+            got = source.get(part)["x0"]
+            shapes.append(tuple(got.shape[2:]))
+            following = got[part.tolist().index(6)] if 6 in part and following is None else following
+            assert 5 not in part or torch.equal(got[0], got[3])
+    assert len(set(shapes)) == 3 and shapes.count(max(shapes, key=lambda s: s[1])) == 2
+    assert tuple(following.shape[1:]) == min(shapes, key=lambda s: s[1])         # what stood in keeps its own shape in its own batch
+
+
 def test_a_batch_draws_noise_of_its_own_shape(folder, tmp_path):
     import train_lcm
     from zoo.run import Run

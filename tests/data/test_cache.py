@@ -75,6 +75,13 @@ def test_another_encoder_under_the_same_name_is_refused_with_the_difference(tmp_
     opened(tmp_path)
 
 
+def test_a_record_that_cannot_be_read_is_said(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "text-user--model" / "cache.json").write_text("")
+    with pytest.raises(UserError, match="cache.json cannot be read, so that nothing says .* give another --cache folder, or delete this one"):
+        opened(tmp_path)
+
+
 def test_fingerprint_follows_every_weight_and_the_precision():
     module = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(3, 2))
     before = fingerprint({"text": module})
@@ -105,6 +112,31 @@ def test_what_no_present_run_uses_goes_first_and_the_limit_holds(tmp_path, monke
     assert new.full and "more0" not in new and "new0" in new
     assert sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors")) <= size + 1000
     assert equal(new.get(["new1"])["new1"], item(21))
+
+
+def test_files_of_this_process_and_of_runs_that_go_on_are_in_use(tmp_path, monkeypatch):
+    """One folder and limit for prompts and pictures, for all ranks and runs: none throws out what another of them reads."""
+    monkeypatch.setattr(caches, "FILE_BYTES", 4 * 1024)
+    monkeypatch.setattr(caches, "BEGAN", time.time() - 3600)                     # this process began an hour ago
+    texts = opened(tmp_path)
+    texts.put({f"text{i}": item(i) for i in range(4)})
+    file = tmp_path / "text-user--model" / texts.where["text0"]
+    os.utime(file, (time.time() - 1800,) * 2)                                    # encoded, and not asked for since
+    storage = Storage(str(tmp_path), (file.stat().st_size + 100) / 1e9)
+    with pytest.warns(UserWarning, match="is full"):
+        open_cache(storage, "latents", "user/model", FACTS).put({f"x{i}": item(i) for i in range(4)})      # opened half an hour later
+    assert file.exists()
+    monkeypatch.setattr(caches, "BEGAN", time.time())                            # another run begins, while this one goes on reading
+    later = open_cache(storage, "latents", "user/other", FACTS)
+    texts.touched.clear()                                                        # a minute has passed
+    assert texts.get(["text1"])
+    with pytest.warns(UserWarning, match="is full"):
+        later.put({f"y{i}": item(i) for i in range(4)})
+    assert file.exists()
+    os.utime(file, (time.time() - caches.RECENT - 1,) * 2)                       # this one has ended
+    again = open_cache(storage, "latents", "user/third", FACTS)
+    again.put({f"z{i}": item(i) for i in range(4)})
+    assert not file.exists() and not again.full and texts.get(["text2"]).keys() <= {"text2"}
 
 
 def test_many_runs_stay_within_the_limit_and_what_went_longest_unused_is_gone(tmp_path, monkeypatch):

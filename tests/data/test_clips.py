@@ -1,6 +1,8 @@
 """Clips: frames of animated pictures and films, too short ones, and the latents that video families make of them."""
 import io
+import struct
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ import tiny_b  # noqa: E402
 from zoo import backbones, data  # noqa: E402
 from zoo.data import clips  # noqa: E402
 from zoo.data.cache import Storage  # noqa: E402
+from zoo.data.spec import parse  # noqa: E402
+from zoo.data.streams import open_stream  # noqa: E402
 from zoo.errors import UserError  # noqa: E402
 
 
@@ -108,7 +112,7 @@ def test_clips_that_are_too_short_are_counted_and_named(tmp_path):
         data.open_dataset(tmp_path / "none", "video")
     model.data = f"{tmp_path}/x.jsonl?stream=yes"
     (tmp_path / "x.jsonl").write_text('{"caption": "a", "image": "b"}')
-    with pytest.raises(UserError, match="clips are read from a folder"):
+    with pytest.raises(UserError, match="no column for the video: it has caption, image; name it"):
         model.batches(images=True)
 
 
@@ -208,6 +212,55 @@ def test_clips_of_a_teacher_without_autoencoder_are_its_samples(tmp_path):
     films(tmp_path / "short", 2, size=(8, 8))
     with pytest.raises(UserError, match=r"1 of 3 clips .*0\.webp \(2 frames; 4 are needed\)"):
         model.batches(images=True)
+
+
+def test_shards_of_clips_give_the_items_that_a_folder_of_the_same_gives(wan, tmp_path, monkeypatch):
+    """Streamed and as a whole, found by the members' extension; films are handed to their decoder as bytes."""
+    size = backbones.load(wan).stock_size
+    folder = films(tmp_path / "clips", size["num_frames"], size=(size["width"], size["height"]))
+    raw = {p.stem: p.read_bytes() for p in sorted(folder.glob("*.webp"))}
+    plain = backbones.load(wan, data=str(folder)).batches(images=True).get(torch.arange(3))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    for extension in ("webp", "mp4", "webm"):                    # what datasets takes for pictures, for films, and for bytes
+        with tarfile.open(tmp_path / f"{extension}.tar", "w") as tar:
+            for stem, picture in raw.items():
+                for name, content in ((f"{stem}.{extension}", picture), (f"{stem}.txt", (folder / f"{stem}.txt").read_bytes())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        for how in ("", "?stream=no"):
+            model = backbones.load(wan, data=f"{tmp_path}/{extension}.tar{how}")
+            model.storage = Storage(notes=tmp_path / "notes")
+            got = model.batches(images=True).get(torch.arange(3))
+            assert torch.equal(got["x0"], plain["x0"]) and torch.equal(got["cond"]["prompt"], plain["cond"]["prompt"])
+        assert model.batches().get(torch.arange(3))["cond"]["prompt"].shape == plain["cond"]["prompt"].shape
+    (tmp_path / "t.csv").write_text("file,caption\n" + "".join(f"clips/{stem}.webp,{(folder / f'{stem}.txt').read_text()}\n" for stem in raw))
+    got = backbones.load(wan, data=f"{tmp_path}/t.csv?stream=yes&video=file").batches(images=True).get(torch.arange(3))
+    assert torch.equal(got["x0"], plain["x0"])
+    assert open_stream(parse(f"{tmp_path}/webp.tar"), column="video").window == 64 and open_stream(parse(f"{tmp_path}/webp.tar"), column="").window == 1024
+
+
+def test_transparency_is_white_and_films_are_held_upright(tmp_path):
+    frames = [Image.new("RGBA", (8, 8), (0, 0, 0, 0)), Image.new("RGBA", (8, 8), (255, 0, 0, 255))]
+    out = io.BytesIO()
+    frames[0].save(out, "webp", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    clip = clips.decode(out.getvalue(), 2, (8, 8))
+    assert (clip[:, 0] == 255).all() and clip[:, 1, 4, 4].tolist() == [255, 0, 0]
+    av = pytest.importorskip("av")
+    path = tmp_path / "turned.mp4"
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        picture = np.zeros((32, 64, 3), np.uint8)
+        picture[:, :32] = 255                                                      # white on the left, which a turn to the right brings up
+        for packet in (p for frame in (*[av.VideoFrame.from_ndarray(picture, format="rgb24")] * 2, None) for p in stream.encode(frame)):
+            film.mux(packet)
+    raw = bytearray(path.read_bytes())
+    at = raw.find(b"tkhd") + 44                                                    # the display matrix of the track: a quarter turn clockwise
+    one = 1 << 16
+    raw[at: at + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 32 * one, 0, 1 << 30)
+    clip = clips.decode(bytes(raw), 1, (64, 32))[0, 0].float()
+    assert clip[8].mean() > 200 and clip[56].mean() < 50
 
 
 @pytest.mark.slow

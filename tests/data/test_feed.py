@@ -146,6 +146,22 @@ def test_a_cache_of_other_encoders_is_refused(teacher, folder, tmp_path):
         large.batches(images=True)
 
 
+def test_a_cache_of_other_settings_is_refused(teacher, folder, tmp_path):
+    """The weights as they were: the scale of the latents, the empty prompt and the tokenizer decide what is kept besides."""
+    opened(teacher, folder, tmp_path / "cache").batches(images=True)
+    other = opened(teacher, folder, tmp_path / "cache")
+    other.pipe.vae.register_to_config(scaling_factor=0.5)
+    with pytest.raises(UserError, match="settings: .*scaling_factor.* there, .*'scaling_factor': 0.5} here"):
+        other.batches(images=True)
+    kinds = [feed.settings(SimpleNamespace(config={"_class_name": "X", "unet": ["a", "b"], **more}))
+             for more in ({}, {"force_zeros_for_empty_prompt": True}, {"latents_mean": [0.0, 1.0]}, {"latents_mean": [0.0, 1.5]}, {"sample_size": 4})]
+    assert kinds[0] == kinds[4] == {} and len({str(k) for k in kinds}) == 4
+    other = opened(teacher, folder, tmp_path / "cache")
+    other.pipe.tokenizer.add_tokens(["Cat"])
+    with pytest.raises(UserError, match="tokens: "):
+        other.batches()
+
+
 def test_a_cache_of_another_revision_of_the_repository_is_refused(teacher, tmp_path, monkeypatch):
     """A Hub repository that moved on between two runs, its encoders as they were: the commit alone tells."""
     repo = tmp_path / "hub" / "models--me--model"
@@ -197,6 +213,29 @@ def test_pictures_that_cannot_be_decoded_are_counted_and_replaced_by_the_next(te
         opened(teacher, made).batches(images=True)
 
 
+def test_pictures_without_a_caption_do_not_train_as_the_empty_prompt(teacher, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(130):
+        (folder / f"{i:03}.png").write_bytes(png((i, 0, 0)))
+        (folder / f"{i:03}.txt").write_text(f"red {i}")
+    (folder / "020.txt").unlink()
+    with pytest.warns(UserWarning, match=r"skipped 1 of 130 images of .*020\.png .no text"):
+        source = opened(teacher, folder).batches(images=True)
+    got = source.get(index(20, 21))
+    assert torch.equal(got["x0"][0], got["x0"][1]) and torch.equal(got["cond"]["prompt"][0], got["cond"]["prompt"][1])
+    for i in range(30, 40):
+        (folder / f"{i:03}.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"11 of 130 images have no caption .*the first is 020\.png: caption or remove them"):
+        opened(teacher, folder).batches(images=True)
+
+
+def test_options_of_clips_are_refused_by_families_of_pictures(teacher, folder):
+    for option in ("fps=8", "video=film"):
+        with pytest.raises(UserError, match=rf"the sd family reads images: leave .{option.split('=')[0]}= out"):
+            opened(teacher, f"{folder}?{option}").batches(images=True)
+
+
 def test_missing_captions_and_columns_are_named(teacher, tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "a.png").write_bytes(png((1, 2, 3)))
@@ -245,6 +284,19 @@ def test_rows_without_a_caption_are_passed_over_and_prompts_stream(teacher, tmp_
     with pytest.warns(UserWarning, match="captions of .*row 7"):
         got = source.get(index(7, 8))
     assert torch.equal(got["cond"]["prompt"][0], got["cond"]["prompt"][1]) and source.identity.startswith("stream")
+
+
+def test_a_stream_whose_captions_are_numbers_says_so(teacher, tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"caption": i, "alt": f"red {i}"}) for i in range(30)))
+    with pytest.raises(UserError, match=r"none of the first \d+ rows of .*p.jsonl has a caption .column caption.: name the column of texts"):
+        opened(teacher, f"{tmp_path}/p.jsonl?stream=yes").examples(2)
+    assert opened(teacher, f"{tmp_path}/p.jsonl?stream=yes&caption=alt").examples(2).names[0].startswith("red")
+
+
+def test_a_table_that_streams_finds_pictures_beside_itself(teacher, folder, tmp_path):
+    (folder / "t.csv").write_text("image,caption\n" + "".join(f"{i:02}.png,red heart {i}\n" for i in range(12)))
+    whole, streamed = (opened(teacher, f"{folder}/t.csv{how}").batches(images=True).get(torch.arange(12)) for how in ("", "?stream=yes"))
+    assert torch.equal(whole["x0"], streamed["x0"]) and same(whole["cond"], streamed["cond"])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv"])

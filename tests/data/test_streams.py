@@ -53,6 +53,16 @@ def test_options_after_the_question_mark(tmp_path):
             specs.parse(text)
 
 
+def test_options_that_say_nothing_about_a_place_are_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("a")
+    for text, message in ((f"{tmp_path}/p.txt?caption=x", "is a list of prompts: leave it out"), (f"{tmp_path}/t.csv?buffer=5", "read as a whole"),
+                          (f"{tmp_path}?stream=yes", "not as a stream"), ("emoji:heldout?stream=yes", "not as a stream"), ("x/y?stream=no&buffer=3", "read as a whole"),
+                          (f"{tmp_path}/t.csv?config=a", "config names")):
+        with pytest.raises(UserError, match=message):
+            specs.parse(text)
+    assert specs.parse(f"{tmp_path}/t.csv?stream=yes&buffer=5").buffer == specs.parse("a/{0..3}.tar?buffer=5").buffer == specs.parse("x/y?buffer=5").buffer == 5
+
+
 def test_braces_and_patterns_name_shards(tmp_path):
     assert specs.expand("a{08..11}b{0..1}.tar") == [f"a{i}b{j}.tar" for i in ("08", "09", "10", "11") for j in "01"]
     place = shards(tmp_path, [1, 1, 1])
@@ -103,6 +113,12 @@ def test_a_tally_knows_its_total_or_waits_for_enough():
             stream.skip(1, "b", "bad")
         with pytest.raises(UserError, match="1 of 50 files"):
             tally.Tally("files", 50).skip(0, "a", OSError())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        many = tally.Tally("rows", 200_000)
+        for i in range(2000):
+            many.skip(i, f"row {i}", "bad")
+    assert len(many.bad) == 2000 and len(said) == 10 + 9 + 9 + 1 and "skipped 2000 of 200000" in str(said[-1].message)
 
 
 # ------------------------------------------------------------------------------------------------ streams
@@ -154,6 +170,8 @@ def test_known_numbers_of_rows_pass_over_whole_files(tmp_path):
     opened = []
     again = local([50, 50, 50, 50], opened, window=10, notes=notes)
     assert read(again, list(range(190, 200))) == want and len(opened) == 1
+    notes.write_text(notes.read_text()[:-7])                     # cut off: counted anew, and written whole
+    assert read(local([50, 50, 50, 50], window=10, notes=notes), list(range(190, 200))) == want and json.loads(notes.read_text())["files"] == 4
     opened = []
     jumps = local([50, 50, 50, 50], opened, window=10, notes=notes)
     read(jumps, [0])

@@ -416,7 +416,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", r"/(?:(?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
     def batch(self, kind, id):
-        self.repo(kind or "models", id, write=True)
+        self.repo(kind or "models", id)          # may write or not: a pull request brings files too, and `preupload` and `commit` decide
+        if self.user(required=True)[1] != "write":
+            raise Refused(403, "Forbidden: you must use a write token to upload to a repository.")
         out, ask = [], json.loads(self.data)
         for o in ask["objects"]:
             o = {"oid": o["oid"], "size": o["size"]}

@@ -66,6 +66,17 @@ def test_a_hub_that_stays_away_is_reported_and_ends_nothing(tmp_path):
         assert run(hub, tmp_path / "home", made)[0]["url"]                               # later the same folder lands
 
 
+def test_a_student_that_landed_is_not_said_to_be_lost(tmp_path, monkeypatch, capsys):
+    from zoo.hub import background
+    told = []
+
+    def push(folder, repo):
+        raise background.Landed("me/thing was pushed (abc) but does not open as it should: x")
+    monkeypatch.setattr(background, "push", push)
+    assert background.Pusher("me/thing", told.append).finish(tmp_path) is None
+    assert told == ["me/thing was pushed (abc) but does not open as it should: x"] and "not pushed" not in capsys.readouterr().err
+
+
 def test_a_failure_on_the_way_is_made_good_at_the_end(tmp_path):
     made = folder("student", tmp_path / "mine")
     with Loopback() as hub:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(Path(__file__).parents[1]), str(ROOT / "benchmarks" / "downstream")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(ROOT / "benchmarks" / "downstream")]
 import tiny
 from zoo import data
 from zoo.backbones import load
@@ -180,6 +180,18 @@ def test_a_pipeline_follows_itself(made, monkeypatch):
     bench.contract, bench.student = Contract({4: TIMES}), twin.teacher
     rows = bench.lora(made.lora)
     assert all(r["student"] == r["teacher, 4 steps"] == pytest.approx(1, abs=1e-3) for r in rows)
+
+
+def test_device_and_seeds_of_the_command_reach_the_measurement(tmp_path, monkeypatch):
+    from clients import folder
+    made, asked = folder("student", tmp_path / "student"), []
+    monkeypatch.setattr(downstream, "measure", lambda *given, **options: asked.append(options) or [])
+    downstream.main([str(made), "--device", "meta", "--seeds", "2"])
+    downstream.main([str(made)])
+    assert asked == [{"device": "meta", "seeds": 2}, {"device": "cuda" if torch.cuda.is_available() else "cpu", "seeds": downstream.SEEDS}]
+    for flags, words in ((["--device", "nowhere"], "--device nowhere cannot be used here"), (["--seeds", "0"], "give at least 1")):
+        with pytest.raises(UserError, match=words):
+            downstream.main([str(made), *flags])
 
 
 def test_what_is_not_there_is_refused(tmp_path):

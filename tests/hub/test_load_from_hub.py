@@ -143,3 +143,54 @@ def test_a_path_that_leaves_the_cache_is_not_written(tmp_path, name):
         said = opened(hub, tmp_path / "home", "me/escape", {})
         assert isinstance(said, str) and said.startswith("refused: me/escape holds a path that leaves its folder"), said
         assert not list(tmp_path.rglob("outside.json")) and not Path("/outside.json").exists()
+
+
+# Opens one name after another; prints what was said of each.
+OPEN_ALL = """
+import sys, warnings
+import zoo
+from zoo.errors import UserError
+for name in sys.argv[1:]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            pipe = zoo.load(name)
+            print(name, "opened", type(pipe).__name__, *(w.message for w in said if "pickles" in str(w.message)))
+        except UserError as error:
+            print(name, "refused:", error)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_strangers_repository_may_hold(tmp_path):
+    """Pickles beside safetensors are neither fetched nor read; one that would be needed is refused by its name; a record names no folder
+    of the reader's machine; what is no student, and what is registered under other names, is not downloaded."""
+    shipped = next(p for p in model_cards.folders() if p.name == "reflow.fashion-4step")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "lora" / "scheduler").mkdir(parents=True)
+    data = json.loads((shipped / "fewstep.json").read_text())
+    (tmp_path / "lora" / "fewstep.json").write_text(json.dumps(data | {"student": data["student"] | {"teacher": str(shipped), "lora_rank": 2}}))
+    (tmp_path / "lora" / "scheduler" / "scheduler_config.json").write_text((shipped / "scheduler" / "scheduler_config.json").read_text())
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes((shipped / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
+    names = ["them/beside", "them/needed", "them/lora", "them/other", "ByteDance/Hyper-SD"]
+    with Loopback() as hub:
+        for name, folder in zip(names, [shipped, shipped, tmp_path / "lora"]):
+            sent(hub, name, folder)
+        for name, path in (("beside", "unet/diffusion_pytorch_model.bin"), ("beside", "old/optimizer.JOBLIB"), ("needed", "unet/weights.ckpt")):
+            hub.write(f"models/them/{name}", path, b"\x80\x02never opened", "them")
+        del hub.repos["models/them/needed"].tree("main")["unet/diffusion_pytorch_model.safetensors"]
+        for name in names[3:]:
+            hub.make(f"models/{name}")
+            hub.write(f"models/{name}", "unet/diffusion_pytorch_model.safetensors", b"", name.split("/")[0])
+        done = subprocess.run([sys.executable, "-c", OPEN_ALL, *names], env=environment(hub, tmp_path / "home", "hf_reader"), cwd=tmp_path / "home",
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        beside, needed, lora, other, registered = done.stdout.strip().splitlines()
+        assert beside.startswith("them/beside opened ConsistencyModelPipeline") and "old/optimizer.JOBLIB, unet/diffusion_pytorch_model.bin" in beside
+        assert needed.startswith("them/needed refused:") and "pickles only (unet/weights.ckpt)" in needed
+        assert lora.startswith("them/lora refused:") and f"names '{shipped}' as its base model" in lora
+        assert "them/other has no fewstep.json" in other and "DiffusionPipeline" in other
+        assert "hyper-sd.sdxl-2step" in registered
+        fetched = [p for method, p in hub.log if method == "GET" and "/resolve/" in p]
+        assert not any(p.lower().endswith((".bin", ".joblib", ".ckpt")) for p in fetched)
+        assert not any(p.endswith(".safetensors") for p in fetched if "/them/other/" in p or "/Hyper-SD/" in p)

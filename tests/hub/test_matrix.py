@@ -268,4 +268,7 @@ def test_the_log_of_the_whole_matrix_is_of_these_cells():
     for cell, reason in wanted.items():
         found = log["cells"][cell]
         assert found == {"state": "meaningless", "why": reason} if reason else found["state"] == "passed" and 0 < found["seconds"] < 60, (cell, found, again)
-    assert log["states"] == {"passed": 97, "meaningless": 33} and sum(c.get("seconds", 0) for c in log["cells"].values()) <= log["seconds"] < log["limit"] == 180
+    told = f"130 cells, of which 97 passed and 33 are meaningless, in {log['seconds']:.0f} s on {log['hardware'].split('(')[0].replace('1', 'one')}"
+    assert told in (ROOT / "docs" / "publishing.md").read_text(), told
+    assert log["states"] == {"passed": 97, "meaningless": 33}
+    assert sum(c.get("seconds", 0) for c in log["cells"].values()) <= log["seconds"] + 1 < log["limit"] == 180

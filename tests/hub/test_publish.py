@@ -161,7 +161,6 @@ def test_a_base_that_is_not_seen_is_said(tmp_path):
 def test_a_lora_is_sampled_on_its_base_and_a_pipeline_by_itself(tmp_path):
     """Both are pushed, downloaded and sampled by a fresh process: the LoRA on the teacher of the package, on one in the client's cache, or
     not at all, which is said; one that fits no layer of its base is found."""
-    from huggingface_hub import snapshot_download
     from safetensors.torch import load_file, save_file
     base = tiny.tiny_sd(tmp_path / "teacher")
     model = load(str(base))
@@ -170,10 +169,8 @@ def test_a_lora_is_sampled_on_its_base_and_a_pipeline_by_itself(tmp_path):
                                    extra=lambda f: write_card(f, model, {"method": "dmd"}))
     lora = stage.lora_folder(whole_student, tmp_path / "lora")
     assert verify._folder(lora) == ([], "its card names no base model of the Hub")          # a folder of this machine is no base for others
-    with_base(lora, "me/base")
     text = (lora / "README.md").read_text()
-    (lora / "README.md").write_text(re.sub("license: .*", "license: mit", text) if "base_model: me/base" in text else
-                                    re.sub("^license: .*$", "license: mit\nbase_model: me/base\nbase_model_relation: adapter", text, count=1, flags=re.M))
+    (lora / "README.md").write_text(re.sub("^license: .*$", "license: mit\nbase_model: me/base\nbase_model_relation: adapter", text, count=1, flags=re.M))
     shutil.copytree(base, tmp_path / "plain")
     (tmp_path / "plain" / "README.md").write_text("---\nlicense: mit\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [x]\n---\n")
     script = "from huggingface_hub import snapshot_download\nprint(snapshot_download('me/base'))"
@@ -196,7 +193,6 @@ def test_a_lora_is_sampled_on_its_base_and_a_pipeline_by_itself(tmp_path):
         save_file({k.replace("down_blocks", "elsewhere").replace("up_blocks", "elsewhere").replace("mid_block", "elsewhere"): v for k, v in state.items()}, weights, metadata)
         said = push_lora(lora, "me/wrong")
         assert "was pushed" in said and ("none of its layers" in said or "do not open it" in said), said
-    assert snapshot_download                                                              # the name above is the client's
 
 
 @pytest.mark.slow
@@ -366,6 +362,42 @@ def test_parts_of_an_earlier_student_leave_with_the_push_that_replaces_it(tmp_pa
         assert len(repo.history()) == 4 and whole(hub, "models/me/thing", second)
         assert set(repo.tree()) == {*stage.files(second), "notes.txt", ".gitattributes"}
         assert whole(hub, "models/me/thing", first, repo.history()[2])               # the old version is still there, whole
+
+
+def test_a_hub_that_leaves_after_the_commit_is_not_said_to_be_unchanged(tmp_path):
+    """The commit is made, its answer lost, and the Hub gone: nobody claims that nothing changed, and the next push makes no second commit."""
+    made = folder("student", tmp_path / "mine")
+    with Loopback() as hub:
+        me, down = Client(hub, tmp_path / "a"), None
+
+        def leave():
+            nonlocal down
+            down = hub.fault("/api/models/me/thing", status=503, times=999)
+        hub.fault("/commit/", drop="after", meanwhile=leave)
+        said = me.push(made, "me/thing")["error"]
+        assert "cannot be asked whether the commit was made" in said and "not changed" not in said
+        down.times = 0
+        assert "url" in me.push(made, "me/thing") and len(hub.repos["models/me/thing"].history()) == 2
+
+
+def test_refusals_are_said_in_the_servers_words_without_signed_links(tmp_path):
+    """402 and the like have no remedy of ours; an address is printed without what signs it."""
+    with Loopback() as hub:
+        hub.fault("/commit/", status=402, headers={"X-Error-Message": "Private storage is full hf_abcdefgh1234"})
+        said = Client(hub, tmp_path / "a").push(folder("student", tmp_path / "mine"), "me/thing")["error"]
+        assert "(402: " in said and "Private storage is full hf_***" in said
+    assert retry.said_by(ConnectionError("no answer from https://store/x?X-Signature=abc&e=1, hf_abcdefgh1234")) == "no answer from https://store/x?*** hf_***"
+
+
+@pytest.mark.slow
+def test_a_request_on_a_branch_that_moved_is_made_on_what_is_there(tmp_path):
+    made = folder("student", tmp_path / "mine")
+    with Loopback() as hub:
+        hub.make("models/me/thing")
+        hub.fault("/commit/", meanwhile=lambda: hub.write("models/me/thing", "notes.txt", b"theirs"))
+        assert Client(hub, tmp_path / "a").push(made, "me/thing", create_pr=True)["url"].endswith("/discussions/1")
+        repo = hub.repos["models/me/thing"]
+        assert whole(hub, "models/me/thing", made, "refs/pr/1") and "notes.txt" in repo.tree("refs/pr/1") and set(repo.tree()) == {".gitattributes", "notes.txt"}
 
 
 def test_weights_of_others_stay_where_no_student_was(tmp_path):

@@ -12,8 +12,7 @@ from .custom import Custom
 ASSETS = Path(__file__).parent.parent / "assets"
 # Built-in teachers: folder under zoo/assets, default guidance (chosen by the scans in benchmarks/teacher), default data.
 BUILT_IN = {"emoji": {"folder": "emoji/teacher", "guidance": 2.0, "data": "emoji"},
-            "fashion": {"folder": "fashion/teacher", "guidance": 2.0, "data": "fashion"},
-            "avatars": {"folder": "avatars/teacher", "guidance": 2.0, "data": "avatars"}}
+            "fashion": {"folder": "fashion/teacher", "guidance": 2.0, "data": "fashion"}}
 # Pipeline class of a folder -> "module:class" of its adapter: a family is one file here and its lines in this table.
 FAMILIES = {
     "StableDiffusionPipeline": "sd:StableDiffusion",
@@ -40,7 +39,7 @@ __all__ = ["Backbone", "Custom", "Examples", "Source", "load"]
 
 
 def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
-    """A Backbone from a built-in name (emoji, fashion, avatars, toy, toy-video), a diffusers folder or a Hub id; a Backbone is returned as it is.
+    """A Backbone from a built-in name (emoji, fashion, toy, toy-video), a diffusers folder or a Hub id; a Backbone is returned as it is.
 
     data: see RunConfig.data; guidance: teacher scale w, 0 for the teacher's own default.
     Raises UserError for unknown names, folders without model_index.json and families without an adapter."""
@@ -77,10 +76,7 @@ def adapter(kind: str, name: str = "") -> type[Backbone]:
 def _locate(teacher: str) -> tuple[str, dict]:
     if teacher in BUILT_IN:
         known = BUILT_IN[teacher]
-        folder = ASSETS / known["folder"]
-        if not folder.exists():
-            raise UserError(f"the {teacher} teacher is not shipped in this version: its data is (zoo.data.{teacher}()); train one on it, or use emoji or fashion")
-        return str(folder), known
+        return str(ASSETS / known["folder"]), known
     if Path(teacher).is_dir():
         return teacher, {}
     if "/" not in teacher or teacher.startswith((".", "/", "~")):

@@ -259,6 +259,23 @@ class Blocks:
         return self.module.config.num_attention_heads * self.module.config.attention_head_dim, None
 
 
+def open_pipeline(folder: str, name: str, precision, **parts):
+    """The stock pipeline of a folder or Hub id, its weights as plain safetensors or, where it has none, as the fp16 variant that many fine-tunes
+    are published as. Raises UserError for what diffusers cannot open."""
+    from diffusers import DiffusionPipeline
+    options = dict(torch_dtype=precision, use_safetensors=True, **parts)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    except (ValueError, OSError) as error:
+        try:
+            pipe = DiffusionPipeline.from_pretrained(folder, variant="fp16", **options)
+        except (ValueError, OSError):
+            raise UserError(f"{name} cannot be opened as a pipeline ({type(error).__name__}: {str(error).splitlines()[0][:200]}): it needs every "
+                            "part its model_index.json names, as safetensors") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 class Latent(Backbone):
     """A pipeline of diffusers with an autoencoder. A family sets part, family and stock_guidance, calls `open` in its __init__ and gives
     `forward`, `batches` and `examples`."""
@@ -268,17 +285,10 @@ class Latent(Backbone):
 
     def open(self, folder: str, name: str, data: str, guidance: float, **parts) -> None:
         """Load the pipeline, float32 and frozen (`parts` replace components); sets pipe, module, folder, name, data and guidance."""
-        from diffusers import DiffusionPipeline
-
         self.folder, self.name, self.data = folder, name, data
         self.guidance = guidance or self.stock_guidance
         precision = {"default": torch.float32} | {part: torch.bfloat16 for part in self.large_encoders if torch.cuda.is_available()}
-        try:
-            self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=precision, use_safetensors=True, **parts)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{name} cannot be opened as a pipeline ({type(error).__name__}: {str(error).splitlines()[0][:200]}): it needs every "
-                            "part its model_index.json names, as safetensors") from error
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = open_pipeline(folder, name, precision, **parts)
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from ..data.feed import labelled
-from .base import Backbone, Examples, Source
+from .base import Backbone, Examples, Source, open_pipeline
 from .sd import variance_preserving
 
 
@@ -17,11 +17,8 @@ class Pixel(Backbone):
     scale = 1                 # pixels of a picture per pixel of a sample
 
     def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
-        from diffusers import DiffusionPipeline
-
         self.folder, self.name, self.data = folder, name, data
-        self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = open_pipeline(folder, name, torch.float32)
         self.module = self.pipe.unet.float().requires_grad_(False).eval()
         self.process, self.pred = variance_preserving(name, self.pipe.scheduler)
         size = self.module.config.sample_size

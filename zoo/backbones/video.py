@@ -16,7 +16,7 @@ from ..denoiser import Denoiser
 from ..errors import UserError
 from ..process import RectifiedFlow
 from ..rollout_causal import Layout
-from .base import Examples, Prompted, Source
+from .base import Examples, Prompted, Source, open_pipeline
 from .wan_causal import causal_forward, open_attention
 
 FACTS = "_fewstep_teacher"      # in the scheduler's config of our own teachers: shape, guidance, sprites
@@ -76,7 +76,7 @@ class Video(Prompted):
             raise UserError(f"{name} is a Wan 2.2 model with two networks or one level per token, which has no adapter yet: use a Wan 2.1 text-to-video folder")
         bare = index["vae"][0] is None
         dtype = torch.float32 if bare else {"text_encoder": torch.bfloat16, "default": torch.float32}
-        self._open(WanPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **({"vae": None} if bare else {})), name)
+        self._open(open_pipeline(folder, name, dtype, **({"vae": None} if bare else {})), name)
         self.folder, self.data, self.guidance = folder, data or self.data, guidance or self.guidance
         if not bare:
             self.watched = (4, 2)

@@ -188,7 +188,7 @@ class Texts:
         return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint(self.encoders), "style": _style(self.model),
                 "precision": {k: str(next(v.parameters()).dtype) for k, v in self.encoders.items()},
                 "length": getattr(self.model, "length", {k: v.model_max_length for k, v in tokenizers.items()}),
-                "settings": settings(pipe), "tokens": {k: digest(str(v(PROBE)["input_ids"])) for k, v in tokenizers.items()}, "family": getattr(self.model, "text_family", self.model.family), "format": FORMAT}
+                "settings": settings(pipe), "tokens": {k: digest(str(v(PROBE, verbose=False)["input_ids"])) for k, v in tokenizers.items()}, "family": getattr(self.model, "text_family", self.model.family), "format": FORMAT}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         keys = [digest(p) for p in prompts]
@@ -362,10 +362,10 @@ class Pictures:
             raise UserError(f"--data {place}: {len(bad)} of {self.n} labels do not fit {self.model.name}, the first is: {next(iter(bad.values()))}; "
                             f"name the column of its class numbers, as in --data '{place}?label=COLUMN'")
         if len(bad) > 0.01 * self.n:
-            raise UserError(f"--data {place}: {len(bad)} of {self.n} {self.column}s have no caption (allowed: 1 %), the first is item {next(iter(bad))}: "
+            raise UserError(f"--data {place}: {len(bad)} of {self.n} {self.column}s have no caption (allowed: 1 %), the first is {self._rows([next(iter(bad))])[0]['name'] or f'item {next(iter(bad))}'}: "
                             f"caption or remove them, or name the column of captions, as in --data '{place}?caption=COLUMN'")
         for i, why in bad.items():
-            self.tally.skip(i, f"item {i}", why)
+            self.tally.skip(i, self._rows([i])[0]["name"] or f"item {i}", why)
         self.captions = [_number(value) if self.beside == "label" else "" if i in bad else value for i, value in enumerate(self.captions)]
 
     def _open_buckets(self) -> None:

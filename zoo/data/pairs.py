@@ -136,13 +136,15 @@ def _source(items: Source, folder: Path, n: int, per_file: int) -> Source:
         rows = [(shard(i // per_file), i % per_file) for i in index.tolist()]
         names = [k for k in ("z", "x0", "path") if k in rows[0][0]]
         return items.get(torch.stack([s["item"][i] for s, i in rows])) | {k: torch.stack([s[k][i] for s, i in rows]) for k in names}
-    return Source(n, get)
+    # The items of a stream are read forwards: its pairs stand in the stream's own shuffled order.
+    return Source(n, get, None if items.order is None else lambda numbers, seed, batch: numbers % n)
 
 
 # ------------------------------------------------------------------------------------------------ stores
 def describe(model, items: Source, guidance: float) -> dict:
     """What a store is of: pairs of another description are other pairs."""
-    return {"teacher": str(model.name), "weights": fingerprint({"network": model.module}), "shape": list(model.shape), "guidance": float(guidance),
+    return {"teacher": str(model.name), "weights": fingerprint({"network": model.module}),
+            "encoders": fingerprint(model.texts.encoders) if hasattr(model, "texts") else "", "shape": list(model.shape), "guidance": float(guidance),
             "items": items.identity or str(len(items))}
 
 

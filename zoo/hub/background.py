@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Callable
 
-from .publish import push
+from .publish import Landed, push
 from .retry import scrub
 
 BRANCH = "training"       # where students leave during a run; main holds finished ones only
@@ -42,11 +42,15 @@ class Pusher:
             self.failed = scrub(f"{error}").split("\n")[0] or type(error).__name__
 
     def finish(self, folder: str | Path, wait: float = 600.0) -> str | None:
-        """Push the finished student to main, after the push that still runs; its URL, or None (told why, and how to push it by hand)."""
+        """Push the finished student to main, after the push that still runs; its URL, or None (told why, and where it did not land how to push
+        it by hand)."""
         if self.thread is not None:
             self.thread.join(wait)
         try:
             return push(folder, self.repo_id)
+        except Landed as error:
+            self._tell(str(error))
+            return None
         except Exception as error:
             self._tell(f"the student was not pushed: {scrub(str(error))}\n  it is whole in {folder}; push it with: zoo push {folder} {self.repo_id}")
             return None

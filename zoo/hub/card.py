@@ -94,7 +94,8 @@ def _words(facts: dict) -> dict:
     """The facts with every name that is written into Python or into the metadata made one; the licence keeps its own keys alone."""
     names = ("method", "base_model", "base_revision", "place", "pipeline", "data_id")
     tamed = facts | {k: word(facts[k]) for k in names if facts.get(k)} | {"title": facts.get("title") or "student"}
-    return tamed | {"license": {k: str(v) for k, v in (facts.get("license") or {"license": "unknown"}).items() if k in ("license", "license_name", "license_link")}}
+    licence = facts.get("license") or {"license": "unknown"}
+    return tamed | {"license": {k: str(licence[k]) for k in ("license", "license_name", "license_link") if k in licence}}
 
 
 # ------------------------------------------------------------------------------------------------------------- what is known
@@ -349,10 +350,10 @@ def _first(contract: Contract, record: dict, facts: dict) -> list[str]:
     most = max(contract.knots)
     if any("sigmas" in call for call in contract.call.values()):
         lines.append("its stock scheduler cannot make the times it was trained at from a number of steps alone: "
-                     f"pass `{_stock_arguments(contract, most, False)}`, or load it with the package, which does")
+                     f"pass {code(_stock_arguments(contract, most, False))}, or load it with the package, which does")
     elif not contract.raises:
         lines.append(f"the stock pipeline accepts any number of steps, and only {_few(contract)} were trained: "
-                     f"pass `{_stock_arguments(contract, most, False)}`")
+                     f"pass {code(_stock_arguments(contract, most, False))}")
     if contract.sampler in ("renoise", "jump", "tcd") and re.match(KEEPS_GENERATOR, facts.get("pipeline") or ""):
         lines.append("it draws fresh noise at every step, and this stock pipeline does not pass `generator` on to it: "
                      "for a repeatable picture call `torch.manual_seed` besides")
@@ -494,7 +495,7 @@ style: on the plain base it makes few steps of the base's own look (it was not t
 {imports}from diffusers import DiffusionPipeline, {contract.scheduler}
 
 pipe = DiffusionPipeline.from_pretrained({base})
-pipe.load_lora_weights({where}, weight_name="{word(style['file'])}", adapter_name="style")
+pipe.load_lora_weights({where}, weight_name={json.dumps(style['file'])}, adapter_name="style")
 pipe.load_lora_weights("{place}", weight_name="{LORA_WEIGHTS}", adapter_name="student")
 pipe.set_adapters(["style", "student"], [{style['scale']:g}, {contract.lora_scale:g}])        # the first number is yours to change
 pipe.scheduler = {contract.scheduler}.from_pretrained("{place}", subfolder="scheduler")
@@ -505,7 +506,8 @@ image = pipe({json.dumps(prompt, ensure_ascii=False)}, {call}).images[0]
 def _measured(facts, unmask) -> str:
     note = f"{int(facts['samples'])} samples; " if facts.get("samples") else ""
     timed = facts.get("device") and any("seconds_per_image" in r for r in facts["measured"])
-    on = f" Seconds are of one picture in a batch on {plain(facts['device'])}." if timed else ""
+    on = (f" Seconds are of one picture, sampled and decoded in one batch by the run itself on {plain(facts['device'])}: other work of the machine lengthens them."
+          if timed else "")
     diversity = " `diversity` is the spread over seeds of one prompt, 1 being the teacher's." if any("diversity" in r for r in facts["measured"]) else ""
     if unmask:
         return f"## Measured\n\n{_table(facts['measured'])}\n\n{note}" + _TOKEN_MEASURES
@@ -540,7 +542,8 @@ STOCK_USES = {
     "WanPipeline": ("WanVideoToVideoPipeline", True, "", False),
     "CogVideoXPipeline": ("CogVideoXVideoToVideoPipeline", True, "", False),
     "LTXPipeline": ("", True, "", False),
-    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "DiTPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline"), ("", False, "", False)),
+    **dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "DiTPipeline", "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline"),
+                    ("", False, "", False)),
 }
 
 
@@ -574,8 +577,9 @@ def _stock_uses(pipeline: str | None) -> str:
     if not there:
         return f"The student is a {pipeline}: stock diffusers has no {', '.join(missing[:-1])} or {missing[-1]} for it."
     few = " Image to image of k steps takes k times `strength` of them, rounded down: at least one must be left." if has[0] else ""
-    return (f"Not measured for this student. Stock diffusers has for the family: {', '.join(there)}" + (f"; it has no {', '.join(missing)}." if missing else ".")
-            + f" They are made for many steps of the teacher, and what few steps leave of them is to be tried.{few}")
+    lacks = f"; it has no {', '.join(missing)}." if missing else "."
+    return (f"Not measured for this student. Stock diffusers has for the family: {', '.join(there)}{lacks} They are made for many steps of the "
+            f"teacher, and what few steps leave of them is to be tried.{few}")
 
 
 def _contract_part(contract, facts, unmask) -> str:
@@ -598,7 +602,8 @@ def _use(folder, contract, record, facts, place, most, prompt, teacher_name) -> 
     if contract.sampler == "unmask":
         return [_TOKEN_USE.format(place=place, most=most)]
     if contract.sampler == "causal":
-        return [_VIDEO_USE.format(place=place, prompt=json.dumps(prompt, ensure_ascii=False), layout=", ".join(f"{plain(k)} {plain(v)}" for k, v in contract.layout.items()))]
+        layout = ", ".join(f"{plain(k)} {plain(v)}" for k, v in contract.layout.items())
+        return [_VIDEO_USE.format(place=place, prompt=json.dumps(prompt, ensure_ascii=False), layout=layout)]
     if family == "custom":
         return ["## Use\n\n`custom.safetensors` holds the weights of the teacher's own module class: load them into it (`load_state_dict`) and "
                 "sample by the contract."]

@@ -177,6 +177,9 @@ def _fp8(student: _Student, out: Path, rank: int) -> dict:
 
 def _save(student: _Student, pipe, out: Path) -> None:
     """A whole folder of the stock class, with the contract's record beside it where there is one."""
+    if getattr(pipe, "labels", None):                        # DiT: diffusers reads the names of classes, and does not write them again
+        numbers = sorted(set(pipe.labels.values()))
+        pipe.register_to_config(id2label={str(i): ", ".join(w for w, n in pipe.labels.items() if n == i) for i in numbers})
     pipe.save_pretrained(out, safe_serialization=True, max_shard_size="100GB")
     if student.folder:
         for name in (RECORD, *NOTICES):

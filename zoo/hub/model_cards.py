@@ -53,8 +53,7 @@ def row(folder: Path) -> dict:
     beside = {m["type"]: m["value"] for m in results if best and m["args"] == best["args"]}
     return {"student": f"[{plain(folder.name)}]({folder.name}.md)", "method": plain(record.get("method", "")), "teacher": plain(record.get("teacher", "")),
             "steps": ", ".join(map(str, contract.steps)), "licence": plain(data.get("license", "")),
-            "best": f"{best['value']:.4g} {code(best['name'])}" if best else "", "diversity": f"{beside['diversity']:.3g}" if "diversity" in beside else "",
-            "ms per picture": f"{1000 * beside['seconds_per_image']:.3g}" if "seconds_per_image" in beside else ""}
+            "best": f"{best['value']:.4g} {code(best['name'])}" if best else "", "diversity": f"{beside['diversity']:.3g}" if "diversity" in beside else ""}
 
 
 def rendered(students: Path = STUDENTS, pages: Path = PAGES) -> dict[Path, str]:

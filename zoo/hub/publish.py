@@ -22,7 +22,11 @@ from .record import RECORD, read_record
 from .retry import retried
 from .verify import contract_problems, verify
 
-__all__ = ["push"]
+__all__ = ["Landed", "push"]
+
+
+class Landed(UserError):
+    """The commit is there, and what comes after it did not go well."""
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False,
@@ -176,9 +180,12 @@ class _Push:
                 if seconds is None and not moved:
                     raise
                 # The commit may be there although its answer is not.
-                if landed := self.landed(parent, known, create_pr):
+                if landed := self.asked(parent, known, create_pr):
                     return landed
-                if moved and not create_pr and (now := self.head()) != parent:
+                if moved and (now := self.head()) != parent:
+                    if create_pr:                       # a request is made on what is there now
+                        parent, gone = now, self.left_over(now)
+                        continue
                     raise UserError(f"someone else changed {self.repo} during this push (now at {now[:8]}), and nothing was overwritten: "
                                     "look at it, then push again") from None
                 if attempt + 1 == retry.ATTEMPTS:
@@ -194,7 +201,16 @@ class _Push:
         ours, there = stage.files(self.copy), self.tree(parent)
         if not {RECORD, "model_index.json"} & there.keys():        # no student was there: what is, is somebody else's
             return []
-        return [n for n in there if n not in ours and (n.endswith(".safetensors") or "/" in n and n.endswith(".json"))]
+        return [n for n in there if n not in ours and (n.endswith((".safetensors", ".safetensors.index.json")) or "/" in n and n.endswith(".json"))]
+
+    def asked(self, parent: str, known: set[str], create_pr: bool) -> tuple[str, str] | None:
+        """`landed`, of a Hub that may have gone away altogether: then nobody knows, and no more than that is said."""
+        try:
+            return self.landed(parent, known, create_pr)
+        except Exception as error:
+            then = "look at its pull requests before you push again" if create_pr else "push again; if it was, no second one is made"
+            raise UserError(f"the connection to the Hub broke while {self.repo} was changed ({retry.said_by(error)}), and it cannot be asked whether "
+                            f"the commit was made: {then}") from None
 
     def landed(self, parent: str, known: set[str], create_pr: bool) -> tuple[str, str] | None:
         """(commit, URL) of our commit, if it is there: what changed since holds exactly our files."""
@@ -219,12 +235,12 @@ class _Push:
         with self.words():
             wrong = stage.differences(self.copy, self.tree(commit))
         if wrong:
-            raise UserError(f"{self.repo} at {commit[:8]} differs from the folder in {', '.join(wrong[:5])}: push again")
+            raise Landed(f"{self.repo} at {commit[:8]} differs from the folder in {', '.join(wrong[:5])}: push again")
 
     def sample(self, commit: str):
         found = verify(self.repo, commit, token=self.api.token)
         if found:
-            raise UserError(f"{self.repo} was pushed ({commit[:8]}) but does not open as it should: {'; '.join(found)}")
+            raise Landed(f"{self.repo} was pushed ({commit[:8]}) but does not open as it should: {'; '.join(found)}")
 
     def name(self, commit: str, tag: str):
         try:
@@ -235,7 +251,7 @@ class _Push:
             refs = retried(lambda: self.api.list_repo_refs(self.repo, repo_type=self.type))
             there = next((t.target_commit for t in refs.tags if t.name == tag), None)
             if there is None or there != commit and stage.differences(self.copy, self.tree(tag)):
-                raise UserError(f"{self.repo} was pushed ({commit[:8]}) but the tag {tag} names another commit: give another tag") from None
+                raise Landed(f"{self.repo} was pushed ({commit[:8]}) but the tag {tag} names another commit: give another tag") from None
 
     def collect(self, title: str):
         made = retried(lambda: self.api.create_collection(title, namespace=self.repo.split("/")[0], exists_ok=True))

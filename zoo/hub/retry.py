@@ -90,11 +90,17 @@ def scrub(text: str) -> str:
     return SECRET.sub("hf_***", text)
 
 
+def said_by(error: BaseException) -> str:
+    """The first line of an error, without tokens and without what follows the ? of an address: links for an upload are signed there."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(\bhttps?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?***", scrub(first))
+
+
 def translate(error: Exception, repo: str) -> UserError | None:
     """The error in the user's words with its remedy, or None when it is none of theirs (a bug keeps its traceback)."""
     names = {type(e).__name__ for e in causes(error)}
     code = status(error)
-    said = scrub(str(error)).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = said_by(error)
     if "LocalTokenNotFoundError" in names:
         return UserError(f"{repo} needs a login: run `hf auth login` or set HF_TOKEN")
     if "HFValidationError" in names:
@@ -121,4 +127,7 @@ def translate(error: Exception, repo: str) -> UserError | None:
         return UserError(f"the Hub refused the card of {repo}: {said}")
     if code == 400:
         return UserError(f"the Hub refused what was sent to {repo} (400: {said}): correct the named file or card")
+    if code is not None and code > 400:          # 402: storage is full, 413, 422 ...
+        told = " ".join(scrub(str(getattr(error, "server_message", None) or "")).split())
+        return UserError(f"the Hub refused {repo} ({code}: {told or said}): see its page, and its storage and plan")
     return None

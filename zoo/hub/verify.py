@@ -55,8 +55,9 @@ def opened():
 
 
 def contract_of(pipe):
-    if told := pipe.scheduler.config.get("_fewstep"):
-        return told
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is not None and scheduler.config.get("_fewstep"):
+        return scheduler.config["_fewstep"]
     path = folder + "/fewstep.json"
     return json.load(open(path)) if os.path.exists(path) else {"knots": {}}
 
@@ -154,8 +155,7 @@ def _download(repo: str, revision: str | None, token: str | None, temp: Path) ->
     except Exception as error:
         said = retry.translate(error, repo)
         if said is None:
-            text = (retry.scrub(str(error)).splitlines() or [""])[0]
-            raise UserError(f"could not fetch {repo} ({type(error).__name__}: {text}): check the id and the revision") from error
+            raise UserError(f"could not fetch {repo} ({type(error).__name__}: {retry.said_by(error)}): check the id and the revision") from error
         raise said from None
 
 
