@@ -188,6 +188,22 @@ def ladder_board(l: Ladder | None, trained: Sequence[int] = (), message: str = "
             '<p class="fs-foot"><span>A guided teacher step is two network calls; with one call it goes unguided.</span></p></section>')
 
 
+# ------------------------------------------------------------------------------------------------------- tables
+def table(headers: Sequence[str], rows: Sequence[Sequence], label: str) -> str:
+    """Rows under headers that sort them when pressed (tabs.SORT). A column of numbers has as many decimals in every row."""
+    columns = list(zip(*rows))
+    numeric = [all(isinstance(v, (int, float)) for v in column if v is not None) for column in columns]
+    decimals = [max((len(f"{v!r}".partition(".")[2]) for v in column if isinstance(v, float)), default=0) if n else 0 for column, n in zip(columns, numeric)]
+
+    def cell(i, value):
+        said = "" if value is None else f"{value:,.{decimals[i]}f}" if numeric[i] else escape(value)
+        tag = "th" if i == 0 else "td"
+        return f'<{tag}{" scope=row" * (i == 0)}{" class=fs-number" * numeric[i]} data-value="{escape("" if value is None else value)}">{said}</{tag}>'
+    head = "".join(f'<th scope="col"{" class=fs-number" * numeric[i]}><button type="button">{escape(h)}</button></th>' for i, h in enumerate(headers))
+    body = "".join(f'<tr>{"".join(cell(i, v) for i, v in enumerate(row))}</tr>' for row in rows)
+    return f'<div class="fs-scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="fs-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
 # ------------------------------------------------------------------------------------------------------- plots
 MARKS = ("circle", "square", "triangle", "diamond", "cross", "plus")
 

@@ -42,6 +42,15 @@ try { await navigator.clipboard.writeText(text); } catch (refused) {
 say('Copied'); }"""
 
 
+# A header that is pressed sorts its table: upwards, then downwards; empty cells stay below.
+SORT = """() => { document.addEventListener('click', event => { const head = event.target.closest('.fs-table thead button')?.parentElement; if (!head) return;
+const at = [...head.parentElement.children].indexOf(head), body = head.closest('table').tBodies[0], up = head.getAttribute('aria-sort') !== 'ascending';
+const value = row => row.children[at].dataset.value, number = head.classList.contains('fs-number');
+const order = (a, b) => (value(a) === '') - (value(b) === '') || (up ? 1 : -1) * (number ? value(a) - value(b) : (value(a) > value(b)) - (value(a) < value(b)));
+for (const other of head.parentElement.children) other.removeAttribute('aria-sort');
+head.setAttribute('aria-sort', up ? 'ascending' : 'descending'); body.append(...[...body.rows].sort(order)); }); }"""
+
+
 @dataclass(frozen=True)
 class Tab:
     """id: its name in the page; build(wish) makes the components; applies() says whether it is shown here; draws: it uses the panel above."""
@@ -164,10 +173,11 @@ def told(error: Exception) -> str:
     return BROKEN
 
 
-def stopped(html: str) -> str:
-    """What a stop shows, after the step that was under way has had its say."""
-    time.sleep(0.7)
-    return html
+def stop_with(button, html: str, view, events: list):
+    """`button` ends `events` and shows `html`, at once and again when the step that was under way has had its say: until then it holds
+    the machine, and the second word queues behind it."""
+    quiet = dict(show_progress="hidden", **HIDDEN)
+    button.click(lambda: html, None, view, cancels=events, queue=False, **quiet).then(lambda: html, None, view, **MACHINE, **quiet)
 
 
 # ------------------------------------------------------------------------------------------------------- race
@@ -265,7 +275,7 @@ def race_tab(wish: Wish) -> dict:
 
     def stopping(others: list):
         """Stop ends whatever race this visitor has going, those that tabs and links started too."""
-        stop.click(lambda: stopped(looks.race_board(None, message="Stopped. Press Race to start again.")), None, view, cancels=[*started, *others], queue=False, **quiet)
+        stop_with(stop, looks.race_board(None, message="Stopped. Press Race to start again."), view, [*started, *others])
     return {"pending": pending, "arrive": (arrive, [pending, entries], outputs, sync), "stopping": stopping}
 
 
@@ -318,7 +328,7 @@ def drawing_tab(wish: Wish, label: str, name: str, races, show, empty):
         stop = gr.Button("Stop", elem_id=f"fs-{name}-stop", scale=0, min_width=90)
     view = gr.HTML(empty(""), elem_id=f"fs-{name}-board")
     event = go.click(streamed(races, show, empty), wish.inputs, view, trigger_mode="once", show_progress="hidden", **MACHINE, **HIDDEN)
-    stop.click(lambda: stopped(empty("Stopped. Press the button to start again.")), None, view, cancels=[event], queue=False, show_progress="hidden", **HIDDEN)
+    stop_with(stop, empty("Stopped. Press the button to start again."), view, [event])
 
 
 @tab("diversity", "Diversity")
@@ -332,19 +342,18 @@ def ladder_tab(wish: Wish):
 
 
 # ------------------------------------------------------------------------------------------------------- leaderboard
-def show_board(name: str | None, quality: str, cost: str) -> tuple[str, Any, str]:
+def show_board(name: str | None, quality: str, cost: str) -> tuple[str, str, str]:
     """(words above, table, plots) of a board. Never raises: what is wrong with the file is said above."""
     found = board.boards()
-    nothing = gr.update(value=None, visible=False)
     if not found:
-        return f'<p class="fs-headline"><b>No leaderboard yet.</b></p><p class="fs-note">{looks.escape(board.MISSING).replace("`", "")}</p>', nothing, ""
+        return f'<p class="fs-headline"><b>No leaderboard yet.</b></p><p class="fs-note">{looks.escape(board.MISSING).replace("`", "")}</p>', "", ""
     path = found.get(name) or next(iter(found.values()))
     try:
         rows = board.rows(path)
     except (OSError, ValueError, KeyError) as error:
-        return looks.alert(f"{path.name} cannot be read: {error}"), nothing, ""
+        return looks.alert(f"{path.name} cannot be read: {racing.words(error)}"), "", ""
     if not rows:
-        return f'<p class="fs-headline"><b>The leaderboard is empty.</b></p><p class="fs-note">{looks.escape(path.parent.name)} has no measured row yet.</p>', nothing, ""
+        return f'<p class="fs-headline"><b>The leaderboard is empty.</b></p><p class="fs-note">{looks.escape(path.parent.name)} has no measured row yet.</p>', "", ""
     headers, cells = board.table(rows)
     log = quality == "kid_efflite0"
     style = dict(log_y=log, lower=log, order=board.FAMILIES)
@@ -354,8 +363,8 @@ def show_board(name: str | None, quality: str, cost: str) -> tuple[str, Any, str
     spread = best.get("kid_efflite0" + board.SPREAD)
     score = f'{best["kid_efflite0"]:.0f}' + (f" &plusmn; {spread:.0f}" if spread else "")
     head = (f'<p class="fs-headline"><b>{len({r["who"] for r in rows})} models.</b> <span>Best student: {looks.escape(best["who"])}, kid_efflite0 {score} '
-            f'at {looks.plural(best["calls"], "call")}. Click a column to sort.</span></p><p class="fs-note">{looks.escape(board.facts(path))}</p>')
-    return head, gr.update(value={"headers": headers, "data": cells}, visible=True), f'<div class="fs-plots">{plots}</div>'
+            f'at {looks.plural(best["calls"], "call")}. Press a column to sort.</span></p><p class="fs-note">{looks.escape(board.facts(path))}</p>')
+    return head, looks.table(headers, cells, "Leaderboard"), f'<div class="fs-plots">{plots}</div>'
 
 
 @tab("leaderboard", "Leaderboard", draws=False)
@@ -367,7 +376,7 @@ def leaderboard_tab(wish: Wish):
         quality = gr.Dropdown([(v, k) for k, v in board.QUALITY.items()], value="kid_efflite0", label="Quality", min_width=150, elem_id="fs-board-quality")
         cost = gr.Dropdown([(v, k) for k, v in board.COST.items()], value=board.telling_cost(next(iter(board.boards().values()))) if found else "training_calls", label="Cost", min_width=150, elem_id="fs-board-cost")
     plots = gr.HTML(elem_id="fs-plots")
-    rows = gr.Dataframe(interactive=False, visible=False, elem_id="fs-leaderboard", max_height=560, label="Leaderboard", show_label=False, buttons=["copy"])
+    rows = gr.HTML(elem_id="fs-leaderboard")
     for choice in (name, quality, cost):
         choice.input(show_board, [name, quality, cost], [head, rows, plots], queue=False, show_progress="hidden", **HIDDEN)
     return {"opened": (show_board, [name, quality, cost], [head, rows, plots])}
@@ -493,7 +502,7 @@ def video_tab(wish: Wish):
             yield film_board([], 0, "", 0, message=told(error))
 
     event = go.click(stream, [student, prompt, seed, frames], view, trigger_mode="once", show_progress="hidden", **MACHINE, **HIDDEN)
-    stop.click(lambda: stopped(film_board([], 0, "", 0, message="Stopped. Press Stream to start again.")), None, view, cancels=[event], queue=False, show_progress="hidden", **HIDDEN)
+    stop_with(stop, film_board([], 0, "", 0, message="Stopped. Press Stream to start again."), view, [event])
 
 
 def film_board(frames: list, seconds: float, what: str, wanted: int, message: str = "", running: bool = False) -> str:
@@ -536,4 +545,5 @@ def connect(demo: gr.Blocks, wish: Wish, shelf, made: dict[str, dict]):
         arrivals.append(fresh.then(arrive, inputs, outputs, **MACHINE, **quiet))
     for arrival in arrivals:
         arrival.then(**sync)
+    demo.load(None, None, None, js=SORT, **HIDDEN)
     race["stopping"](arrivals)

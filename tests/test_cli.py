@@ -384,6 +384,25 @@ def test_every_command_gives_json(capsys, students, monkeypatch, tmp_path):
     assert "recipes" not in json.loads(run(capsys, "show", "dmd", "--json")) and json.loads(run(capsys, "show", "dmd", "--recipes", "--json"))["recipes"]
 
 
+def test_commands_of_the_pages_are_commands():
+    """What the README and the pages of docs/ tell a reader to type is understood by the command line, with these flags."""
+    import re
+    import shlex
+    from pathlib import Path
+    root = Path(__file__).parent.parent
+    found = set()
+    for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^(?:    )?(zoo [a-z]+ [^\n]*)$", text, re.M) + re.findall(r"`(zoo (?:sample|push|eval|export|verify|card|make|show|cite|students) [^`\n]+)`", text)
+        found |= {line.split("  #")[0].strip() for line in blocks}
+    assert any("zoo sample outputs/dmd-emoji/student" in line for line in found) and len(found) > 5
+    for line in sorted(found):
+        args = cli.parser().parse_args(shlex.split(line)[1:])
+        assert args.command == "sample" or not hasattr(args, "prompt")
+        if line.startswith("zoo sample outputs/dmd-emoji/student"):
+            assert (args.seeds, args.out, args.steps) == (1, "heart.png", 4)            # one picture, as in the Python lines above it
+
+
 def test_bars_are_for_people(capsys, students, monkeypatch, tmp_path):
     """On a terminal the grid, eval and export draw bars; into files, and with --json, nothing is written to stderr at all."""
     (tmp_path / "prompts.txt").write_text("red heart\nblue star\n")

@@ -157,3 +157,25 @@ def test_perceptual_distance_refuses_what_it_cannot_see(monkeypatch):
     monkeypatch.setattr(efflite0, "available", lambda: False)
     with pytest.raises(UserError, match=r"pip install fewstep\[metrics\]"):
         pairs.distance(SimpleNamespace(shape=(1, 8, 8), name="x"), "perceptual")
+
+
+def test_pairs_of_a_stream_are_read_forwards(tmp_path, monkeypatch):
+    """A stream goes to a row by reading up to it: pairs in a shuffled order would read it anew for every batch."""
+    from zoo.data.streams import Stream
+    opened, label = [], lambda rows: torch.tensor([r["label"] for r in rows])
+
+    def rows():
+        opened.append(1)
+        return iter([{"label": i % 4} for i in range(40)])
+    stream = Stream("list", [rows], window=8)
+    get = lambda index: {"cond": {"label": label(stream.rows(index.tolist()))}, "uncond": {"label": torch.full_like(index, 4)}}
+    run = a_run(tmp_path)
+    run.model.batches = lambda: Source(2**31, get, lambda numbers, seed, batch: stream.order(numbers, seed))
+    source = pairs.stored(run, Counted(), 32, 2)
+    whole, made = everything(source), len(opened)
+    order = source.order(torch.arange(64), 0, 8)
+    assert sorted(order[:32].tolist()) == list(range(32)) == sorted(order[32:].tolist())
+    for part in order.split(8):
+        got = source.get(part)
+        assert torch.equal(got["z"], whole["z"][part]) and torch.equal(got["cond"]["label"], whole["label"][part])
+    assert len(opened) - made <= 2                              # once an epoch

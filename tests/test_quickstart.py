@@ -94,7 +94,8 @@ class Stand:
         if (who, steps) == killed:
             raise KeyboardInterrupt
         done.append((who, steps))
-        return {"who": who, "steps": steps, "calls": steps, "samples": 2000, "kid_efflite0": 100.0 + steps, "low": 0.0, "high": 300.0, "class_accuracy": 0.5, "diversity": 0.5}
+        return {"who": who, "steps": steps, "calls": steps, "samples": 2000, "kid_efflite0": 100.0 + steps, "low": 0.0, "high": 300.0,
+                "class_accuracy": 0.5, "diversity": 0.5}
 
     def milliseconds(self, net, steps, rule):
         timed.append(net)
@@ -102,7 +103,8 @@ class Stand:
 
 
 done, timed, trained, killed = [], [], [], None
-OWN = {"space": "fashionnet", "samples": 64, "measured": [{"who": w, "steps": k, "conditional_kid_fashionnet": 10.0 * k} for w in ("teacher", "student") for k in (8, 4, 2, 1)]}
+OWN = {"space": "fashionnet", "samples": 64,
+       "measured": [{"who": w, "steps": k, "conditional_kid_fashionnet": 10.0 * k} for w in ("teacher", "student") for k in (8, 4, 2, 1)]}
 
 
 @pytest.fixture
@@ -162,13 +164,15 @@ def test_fresh_trains_and_measures_everything_in_new_folders(clone):
 
 def test_a_measurement_that_was_cut_short_continues(clone):
     global killed
+    measure()
     killed = ("student", 1)
     with pytest.raises(KeyboardInterrupt):
         measure(fresh=True)
+    assert trained == ["fashion-2"]
     killed = None
     before = [d for d in done if isinstance(d, tuple)]
     measure()
-    assert trained == [] and {d for d in done if isinstance(d, tuple)} == ALL - set(before)
+    assert trained == [] and {d for d in done if isinstance(d, tuple)} == ALL - set(before) and "installed" in done
 
 
 def test_rows_of_one_student_are_of_one_run(clone):

@@ -263,7 +263,7 @@ def test_going_back_to_an_older_checkpoint_forgets_what_was_best_later(tmp_path)
 def test_the_bar_shows_when_the_nearest_limit_ends_the_run(tmp_path, capfd):
     """A million steps would take days; the time budget ends after a second, or the calls after a few hundred steps."""
     cfg, model, run = make_run(tmp_path, steps=10**6, checkpoint_every=0, measure_every=0, sample_every=0)
-    cfg.time_budget = 2.0
+    cfg.time_budget = 1.0
     G = run.train("student", model.make("student"), 1e-3)
     data = model.batches()
     ends = []
@@ -273,7 +273,7 @@ def test_the_bar_shows_when_the_nearest_limit_ends_the_run(tmp_path, capfd):
         ends.append(run._last_step(0, 0.0, 0))
     assert all(0.7 * run.step < end < 1.4 * run.step for end in ends[20:]), (run.step, ends)
     shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("dmd: ") and "it/s" in line]
-    assert shown and all("<00:0" in line for line in shown) and f"{run.step}/{run.step} " in shown[-1], shown
+    assert shown.pop(0).startswith("dmd: 0it") and shown and all("<00:0" in line for line in shown) and f"{run.step}/{run.step} " in shown[-1], shown
     run.cfg.time_budget, run.cfg.max_calls, calls = 0.0, 2 * run.calls, run.calls
     assert calls and run._last_step(0, 0.0, 0) == 2 * run.step
     run.cfg.steps = run.step + 1
@@ -289,10 +289,10 @@ def test_a_run_killed_before_its_first_checkpoint_begins_its_rows_anew(tmp_path)
     assert [r["student/loss"] for r in rows] == [2.0]
 
 
-@pytest.mark.parametrize("flag", ["batch", "accumulate", "keep_checkpoints", "checkpoint_every"])
-def test_numbers_below_their_least_are_refused(tmp_path, flag):
-    with pytest.raises(UserError, match=f"--{flag} -1"):
-        make_run(tmp_path, **{flag: -1}) if flag != "batch" else Run(RunConfig(teacher="toy", batch=-1, output_dir=str(tmp_path)), make_run(tmp_path)[1])
+@pytest.mark.parametrize("flag,least", [("accumulate", 1), ("keep_checkpoints", 1), ("checkpoint_every", 0)])
+def test_numbers_below_their_least_are_refused(tmp_path, flag, least):
+    with pytest.raises(UserError, match=f"--{flag} {least - 1}: give {least} or more"):
+        make_run(tmp_path, **{flag: least - 1})
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -338,6 +338,89 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("!")
     assert "not a run of ours" in refused("--teacher", "toy", out=tmp_path / "foreign")
+
+
+CASES = '''
+import contextlib, io, json, resource, runpy, sys
+sys.path.insert(0, sys.argv[2])
+from zoo import run as R
+save = R.Run.save
+
+def room_for_one(run):                     # the disk, as far as this process sees it, is full after the first checkpoint
+    save(run)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+
+for name, method, flags, full in json.loads(sys.argv[1]):
+    R.Run.save = room_for_one if full else save
+    sys.argv[0], sys.argv[1:] = "train.py", flags
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            runpy.run_path(f"{sys.path[0]}/train_{method}.py", run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    sys.argv[1:] = []
+    print(json.dumps([name, code, err.getvalue().replace("\\r", "\\n").splitlines()]), flush=True)
+'''
+
+
+@pytest.mark.slow
+def test_bad_input_of_the_whole_script_is_one_last_line_and_exit_code_2(tmp_path):
+    """Whole scripts, one after another in one child: nothing is stood in for, the full disk is a limit of the process that the kernel keeps."""
+    (tmp_path / "empty.txt").write_text("\n \n")
+    images = tmp_path / "images"
+    for i in range(14):                                                        # one of the class folders' pictures is cut off
+        (images / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
+        (images / f"class {i % 2}" / f"{i:02d}.png").write_bytes(picture(i)[: 60 if i == 12 else None])
+    run = lambda name, *flags: [*TOY, "--output_dir", str(tmp_path / name), *flags]
+    cases = {
+        "prompts": ("dmd", ["--data", str(tmp_path / "empty.txt"), "--output_dir", str(tmp_path / "a")], "empty.txt"),
+        "images": ("ladd", ["--teacher", "fashion", "--data", str(images), "--output_dir", str(tmp_path / "b"), "--batch", "4", "--steps", "4"], "cannot be decoded"),
+        "memory": ("dmd", run("c", "--batch", "2000000000"), "smaller --batch"),
+        "first": ("dmd", run("d", "--steps", "4"), ""),
+        "changed": ("dmd", run("d", "--steps", "8", "--critic_updates", "5", "--lr", "0.5"), "critic_updates: 2 -> 5"),
+        "explodes": ("dmd", run("e", "--steps", "1000", "--lr", "1e6", "--checkpoint_every", "1", "--log_every", "1"), "the last good checkpoint is"),
+        "disk": ("dmd", run("f", "--steps", "20"), "step-0000004. Free some space"),
+        "again": ("dmd", run("f", "--steps", "8"), ""),
+        "best": ("dmd", run("g", "--steps", "8", "--measure_every", "6"), "could not write"),
+    }
+    done = subprocess.run([sys.executable, "-c", CASES, json.dumps([[n, m, f, n in ("disk", "best")] for n, (m, f, _) in cases.items()]), str(SCRIPTS)],
+                          env=ENV, capture_output=True, text=True, timeout=300)
+    found = {name: (code, lines) for name, code, lines in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == cases.keys(), done.stderr[-2000:]
+    for name, (_, _, needle) in cases.items():
+        code, lines = found[name]
+        if not needle:
+            assert code == 0, (name, lines[-3:])
+            continue
+        assert code == 2 and lines[-1].startswith("error: ") and needle in lines[-1], (name, code, lines[-3:])
+        assert sum(line.startswith("error: ") for line in lines) == 1 and not any("Traceback" in line for line in lines), name
+    assert "lr: 5e-05 -> 0.5" in found["changed"][1][-1]
+    assert not (tmp_path / "c" / "checkpoints").exists()                       # refused before step 1
+    assert any("resumed from" in line and "step-0000004" in line for line in found["again"][1])
+    assert [p.name for p in sorted((tmp_path / "f" / "checkpoints").iterdir())] == ["step-0000004", "step-0000008"]
+
+
+def picture(i: int) -> bytes:
+    """A PNG of grey."""
+    import io
+
+    from PIL import Image
+    out = io.BytesIO()
+    Image.new("L", (32, 32), 10 * i).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.slow
+def test_under_accelerate_launch_the_error_is_the_last_line_before_the_launchers_trace(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", str(SCRIPTS / "train_dmd.py"), "--teacher", "emojii", "--output_dir", str(tmp_path / "run")],
+                          env=ENV, capture_output=True, text=True, timeout=120)
+    lines = done.stderr.splitlines()
+    trace = lines.index("Traceback (most recent call last):")
+    assert done.returncode != 0 and lines[trace - 1].startswith("error: ") and "emoji, fashion" in lines[trace - 1], lines
+    assert "exit status 2" in lines[-1], lines[-1]
 
 
 def test_a_tracker_that_is_missing_is_said_so(tmp_path, monkeypatch):

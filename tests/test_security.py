@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -159,7 +161,7 @@ def test_a_contract_tells_a_call_nothing_else(student):
     good = CONTRACT.to_json()
     for bad, match in (({"call": {"2": {"callback": "x"}}}, "callback"), ({"knots": {"2": [999]}}, "knots"), ({"knots": {"2": [499, 999]}}, "knots"),
                        ({"knots": {}}, "knots"), ({"knots": {"a": [1]}}, "ValueError"), ({"knots": 3}, "AttributeError"), ({"sampler": "exec"}, "sampler"),
-                       ({"guidance": "7"}, "number"), ({"dtype": "load"}, "dtype"), ({"lora_scale": float("nan")}, "number")):
+                       ({"sampler": "causal"}, "layout"), ({"guidance": "7"}, "number"), ({"dtype": "load"}, "dtype"), ({"lora_scale": float("nan")}, "number")):
         with pytest.raises(UserError, match=match):
             Contract.from_json(good | bad)
     assert Contract.from_json(good) == CONTRACT
@@ -245,6 +247,10 @@ def readers(source: str) -> list[str]:
 def test_everything_that_is_opened_is_safetensors():
     assert readers("A.from_pretrained(f)\npartial(pipe.load_lora_weights, f)\nAutoTokenizer.from_pretrained(f)\nB.from_pretrained(f, use_safetensors=False)") == [
         "A.from_pretrained(f)", "partial(pipe.load_lora_weights, f)", "B.from_pretrained(f, use_safetensors=False)"]
+    for path in Path(zoo.__file__).parent.rglob("*.py"):                  # nor is code trusted; unsaid, transformers asks at the terminal
+        for node in (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)):
+            assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in node.keywords), path
+            assert not re.match(r"Auto\w+\.from_pretrained", ast.unparse(node.func)) or "trust_remote_code=False" in ast.unparse(node), (path, ast.unparse(node))
     assert {p.name: bare for p in Path(zoo.__file__).parent.rglob("*.py") if (bare := readers(p.read_text(encoding="utf-8")))} == {}
 
 
@@ -358,3 +364,38 @@ def test_what_a_call_is_told_besides_its_grid_holds_for_any_count():
     told = {"guidance_scale": 0.0, "max_sequence_length": 12}
     terms = loading.Terms.of_contract(Contract({2: (1000, 400), 1: (1000,)}, call={2: told | {"sigmas": [1.0, 0.4]}, 1: told | {"sigmas": [1.0]}}))
     assert terms.extra == told and terms.per_step == {2: {"sigmas": [1.0, 0.4]}, 1: {"sigmas": [1.0]}}
+
+
+# ------------------------------------------------------------------------------------------------------- what leaves
+def test_an_earlier_student_outlives_an_export_that_fails(made, tmp_path, monkeypatch):
+    """Between the two renames of a replacement: an error puts the earlier one back, and after a kill the next export does."""
+    from zoo import backbones
+    from zoo.hub.contract import contract_for
+    from zoo.hub.export import export_student
+    model = backbones.load("toy")
+    net, contract = model.make("student"), contract_for(model, (1.0, 0.5))
+    folder = export_student(model, net, tmp_path / "s", contract, facts={"run": 1})
+    stock = os.replace
+
+    def fails(source, target):
+        if Path(source).name.startswith(".writing-"):
+            raise OSError("disk full")
+        stock(source, target)
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(UserError, match="disk full"):
+        export_student(model, net, folder, contract, facts={"run": 2})
+    assert read_record(folder)[1]["run"] == 1 and [p.name for p in tmp_path.iterdir()] == ["s"]
+    monkeypatch.setattr(os, "replace", stock)
+    folder.rename(tmp_path / ".old-s")                     # killed here
+    monkeypatch.setattr("zoo.hub.export._write_bare", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(UserError, match="disk full"):
+        export_student(model, net, folder, contract, facts={"run": 3})
+    assert read_record(folder)[1]["run"] == 1
+
+
+def test_a_folder_is_not_taken_for_a_built_in_teacher(tmp_path, monkeypatch):
+    from zoo.hub.export import _teacher_name
+    (tmp_path / "emoji").mkdir()
+    (tmp_path / "mine").mkdir()
+    names = {str(tmp_path / "emoji"): "emoji (a folder)", str(tmp_path / "mine"): "mine", "emoji": "emoji", "user/emoji": "user/emoji"}
+    assert {n: _teacher_name(type("Model", (), {"name": n})) for n in names} == names

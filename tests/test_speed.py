@@ -190,3 +190,73 @@ def test_a_shared_sample_saves_one_sampling_and_is_the_students(tmp_path, monkey
         noises = [eps for _, eps in seen["critic"]]
         assert not any(torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
     assert calls[False] - calls[True] == 3 * 16
+
+
+# ------------------------------------------------------------------------------------------------------ calls that are not made
+def of_toy(script, folder, monkeypatch, **options):
+    """(parameters, samples that networks were called on, calls of their modules) of a few steps on the toy."""
+    import zoo.watch
+    from zoo.denoiser import Denoiser
+    made, call = [], Denoiser._call
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo.watch.Watcher, "finish", lambda self: None)
+        patch.setattr(Denoiser, "_call", lambda self, *args: (made.append(len(args[0])), call(self, *args))[1])
+        run = script.main(script.Config(teacher=Toy(fit_steps=0), output_dir=str(folder), batch=16, time_budget=0, sample_every=0, measure_every=0, checkpoint_every=0,
+                                        **{"mixed_precision": "no"} | options))
+    return {f"{t.name}.{k}": p.detach() for t in run.trainees.values() for k, p in t.params.items()}, run.calls, made
+
+
+@pytest.mark.parametrize("name", ["scm", "rcm"])
+def test_a_tangent_takes_the_value_that_is_trained(tmp_path, monkeypatch, name):
+    """One call of the student less a step, to the same bits; under mixed precision the trained value is too coarse, and the call is made."""
+    import train_rcm
+    import train_scm
+    script, options = {"scm": (train_scm, {}), "rcm": (train_rcm, {"dmd_after": 99})}[name]
+    options |= {"steps": 3, "h": 1e-2}
+    short, few, _ = of_toy(script, tmp_path / "short", monkeypatch, **options)
+    tangent = script.tangent
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "tangent", lambda *args: tangent(*args[:-1], None))
+        full, many, _ = of_toy(script, tmp_path / "full", patch, **options)
+    assert many - few == 3 * 16 and all(torch.equal(short[k], full[k]) for k in short)
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "tangent", lambda *args: (seen.append(args[-1]), tangent(*args))[1])
+        of_toy(script, tmp_path / "mixed", patch, **options | {"steps": 1, "mixed_precision": "bf16"})
+    assert seen == [None]
+
+
+def test_a_derivative_alone_takes_two_calls(tmp_path, monkeypatch):
+    import train_meanflow
+    from zoo import calculus
+    calls = []
+
+    def fn(x, t):
+        calls.append(x)
+        return x.sin() * t
+    x, t = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    args = fn, (x, t), (t, x), "fd", 1e-3
+    value, whole = calculus.total_derivative(*args)
+    assert len(calls) == 3 and torch.equal(value, x.sin() * t)
+    assert torch.equal(calculus.derivative(*args), whole) and len(calls) == 5
+    given = calculus.total_derivative(*args, value=value)
+    assert torch.equal(given[0], value) and torch.equal(given[1], whole) and len(calls) == 7
+    _, counted, _ = of_toy(train_meanflow, tmp_path, monkeypatch, steps=2, h=5e-3)
+    assert counted == 2 * 16 * (1 + 2 + 3)                       # the teacher, the derivative, the trained call
+
+
+def test_the_discriminator_judges_both_sides_in_one_call(tmp_path, monkeypatch):
+    """DMD2's critic: as many samples, one call of the network less, the same training up to the order of sums."""
+    options = dict(steps=2, gan=0.01, critic_updates=2)
+    one, samples, made = of_toy(train_dmd, tmp_path / "one", monkeypatch, **options)
+    apart = lambda net, pairs, cond, r=None: [net(x, t, cond, r=r, logits=True)[1] for x, t in pairs]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dmd.critics, "logits", apart)
+        two, same, more = of_toy(train_dmd, tmp_path / "two", patch, **options)
+    assert samples == same and sum(made) == sum(more) and len(more) - len(made) == 2 * 2
+    assert all((one[k] - two[k]).abs().max() < 1e-3 for k in one)            # Adam divides gradients by their size: a last bit may turn one that is none
+    net, toy = Toy(fit_steps=0).make("critic", head=True, two_time=True), Toy(fit_steps=0)
+    cond, at = toy.examples(8).cond, torch.rand(8)
+    pairs = [(torch.randn(8, 2), torch.rand(8)) for _ in range(2)]
+    together, single = train_dmd.critics.logits(net, pairs, cond, at), apart(net, pairs, cond, at)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, single)) and not torch.allclose(single[0], single[1], atol=1e-3)

@@ -1,6 +1,7 @@
 """What a student is asked for: a prompt, a class by number or name, or nothing. One place for `zoo sample`, `zoo eval` and `zoo export`."""
 from __future__ import annotations
 
+import contextlib
 import inspect
 from pathlib import Path
 
@@ -21,6 +22,19 @@ def open_stock(pipe, student: str, command: str):
                         + (f"see samples with `zoo sample {student} PROMPT`, and its card for the numbers of its run" if command == "eval" else
                            "its folder is what zoo.load opens and zoo push publishes, in no other format"))
     return pipe
+
+
+@contextlib.contextmanager
+def without_remarks():
+    """Inside, diffusers says nothing but errors: what it remarks on opening (keys for servers in model_index.json, LoRA files without a text
+    encoder's part) is as it should be."""
+    from diffusers.utils import logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def takes(pipe) -> str:

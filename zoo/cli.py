@@ -309,7 +309,8 @@ def sample(args) -> Answer:
         raise UserError(f"--seed {args.seed}: give 0 or more")
     if args.out:
         picture_format(writable(args.out))
-    pipe = loading.load(args.student, **opened(args))
+    with calls.without_remarks():
+        pipe = loading.load(args.student, **opened(args))
     if isinstance(pipe, UnmaskPipeline):
         return sample_text(pipe, args)
     if not isinstance(pipe, CausalVideoPipeline):
@@ -425,7 +426,7 @@ class Parser(argparse.ArgumentParser):
     """One whose errors are one line, as all others."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -40,7 +40,8 @@ def evaluate(student: str | Path, prompts: str | Path | Sequence[str] | None = N
             raise UserError(f"--{name} {count}: give at least 1")
     refuse_video(student)
     texts = None if prompts is None else read_prompts(prompts)
-    pipe = calls.open_stock(load(student, **options), str(student), "eval")
+    with calls.without_remarks():
+        pipe = calls.open_stock(load(student, **options), str(student), "eval")
     if calls.is_video(pipe):
         raise UserError(f"eval measures pictures and {student} makes videos: watch some with `zoo sample {student} PROMPT`")
     steps = calls.steps_in(pipe._terms, steps, str(student))

@@ -165,7 +165,7 @@ def _fetch(name: str, revision: str | None) -> Path:
 
     def has(file: str, key: str = "") -> bool:
         try:
-            return key in Path(hf_hub_download(name, file, revision=revision)).read_text(encoding="utf-8")
+            return key in Path(hf_hub_download(name, file, revision=revision)).read_text(encoding="utf-8", errors="replace")
         except RemoteEntryNotFoundError:
             return False
 
@@ -199,7 +199,7 @@ def _hub(fetch, name: str):
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests"):
             raise
         text = (str(error).strip().splitlines() or [""])[0]
-        if "safetensors" in text:
+        if "necessary `safetensors`" in text:                   # diffusers' word for a part that has pickles alone
             raise UserError(f"{name} has a part without safetensors weights, and pickles are not opened ({text})") from error
         raise UserError(f"could not fetch {name} from the Hub ({type(error).__name__}: {text}): "
                         "check the id, log in for private or gated repositories, or give a local folder") from error
@@ -250,7 +250,7 @@ def _refuse_pickles(name: str, names, parts) -> None:
         raise UserError(f"{name} has weights as pickles only ({', '.join(needed[:3])}), which are not opened: opening one can run code; "
                         "save them as safetensors, or ask its owner to")
     if beside:
-        warnings.warn(f"{name} holds pickles too ({', '.join(beside[:3])}{' ...' if beside[3:] else ''}), which are not opened", stacklevel=4)
+        warnings.warn(f"{name} holds pickles too ({', '.join(beside[:3])}{' ...' if beside[3:] else ''}), which are not opened", stacklevel=5)
 
 
 def _json(path: Path) -> dict:

@@ -151,6 +151,7 @@ class Run:
 
     def __init__(self, cfg: RunConfig, model):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import AutocastKwargs, set_seed
 
         from .backbones.checks import refuse_distilled, refuse_precision
@@ -188,6 +189,8 @@ class Run:
             raise UserError("--mixed_precision fp16 scales its losses for one network: under FSDP and DeepSpeed use bf16 or no")
         # Gathered weights must not outlive their block, nor be mistaken for an average's: under FSDP autocast keeps no copies of them.
         handlers = [AutocastKwargs(cache_enabled=False)] if self.fsdp else []
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+            AcceleratorState._reset_state()        # an earlier run of this process had another
         with deepspeed.hidden():
             self.accelerator = Accelerator(mixed_precision=precision, log_with=trackers, project_dir=str(self.out), cpu=on_cpu, kwargs_handlers=handlers)
         self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
@@ -436,7 +439,8 @@ class Run:
             self.watcher.begin()
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
         from tqdm import tqdm
-        bar = tqdm(total=cfg.steps, initial=self.step, disable=self.rank != 0, dynamic_ncols=True, mininterval=1.0, desc=cfg.method)
+        total = None if cfg.time_budget or cfg.max_calls else cfg.steps        # known after a step
+        bar = tqdm(total=total, initial=self.step, disable=self.rank != 0, dynamic_ncols=True, mininterval=1.0, desc=cfg.method)
         begun = self.step, self.elapsed, self.calls
         try:
             self._saved = self.step if self.resume_from else -1

@@ -110,7 +110,7 @@ def main(cfg: Config) -> None:
         print("  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))
     picture(cfg, prompts[:4], images[:4], adapters)
     if cfg.record:
-        print(downstream.record(cfg.student, rows))
+        print(downstream.record(cfg.student, rows, len(prompts), cfg.seeds))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def against_solvers(students: list[list[dict]], calls: int = 4) -> str:
             if g[0]["kind"] == "method" and r["calls"] == calls:
                 kid, spread = r["kid_efflite0"]
                 room = max(spread or 0.0, (r["kid_high"][0] - r["kid_low"][0]) / 2)
-                found["ahead" if kid + room < min(kids) else "behind" if kid - room > max(kids) else "level"].append(g[0]["who"] + " (jump)" * (g[0]["sampler"] == "jump"))
+                where = "ahead" if kid + room < min(kids) else "behind" if kid - room > max(kids) else "level"
+                found[where].append(g[0]["who"] + " (jump)" * (g[0]["sampler"] == "jump"))
     told = "; ".join(f"{word}: {', '.join(sorted(who)) or 'none'}" for word, who in found.items())
     return f"Students at {calls} calls beside {' and '.join(sorted({r['who'] for r in solvers}))} at {least} ({' and '.join(f'{k:.0f}' for k in sorted(kids))}): {told}."
 

@@ -103,7 +103,8 @@ def own_measure(measured: dict) -> dict:
     key = f"conditional_kid_{measured['space']}"
     value = {(row["who"], row["steps"]): row[key] for row in measured["measured"]}
     most = max(k for who, k in value if who == "teacher")
-    closed = {str(k): round((value["teacher", k] - value["student", k]) / (value["teacher", k] - value["teacher", most]), 2) for k in STUDENT_STEPS if ("student", k) in value}
+    closed = {str(k): round((value["teacher", k] - value["student", k]) / (value["teacher", k] - value["teacher", most]), 2)
+              for k in STUDENT_STEPS if ("student", k) in value}
     return {"name": key, "samples": measured["samples"], "reference_steps": most, "gap_closed": closed,
             "values": {f"{who} {k}": round(v) for (who, k), v in sorted(value.items())}}
 
@@ -297,15 +298,17 @@ def table(s: dict) -> list[str]:
     """Lines of one teacher's results."""
     own = "class_accuracy" if s["teacher"] == "fashion" else "retrieval@5"
     job, timing = s["jobs"].get("student", {}), s.get("timing")
-    lines = [f"**{s['teacher']}** ({s['hardware']}; {s['samples']} samples a row, sampled in {s['sampling_precision']}, teacher guidance {s['guidance']:g}; main job {job.get('seconds', '-')} s in all, "
-             f"{job.get('training_seconds', '-')} s of training, {job.get('student_steps', '-')} student steps, peak {job.get('peak_memory_gb', '-')} GB"
-             + (f"; ms/image sampled and decoded, batch of {timing['batch']}, {timing['threads']} thread{'s' * (timing['threads'] > 1)}" if timing else "") + ")", "",
+    of = lambda key: job.get(key, "-")
+    timed = f"; ms/image sampled and decoded, batch of {timing['batch']}, {timing['threads']} thread{'s' * (timing['threads'] > 1)}" if timing else ""
+    lines = [f"**{s['teacher']}** ({s['hardware']}; {s['samples']} samples a row, sampled in {s['sampling_precision']}, teacher guidance {s['guidance']:g}; "
+             f"main job {of('seconds')} s in all, {of('training_seconds')} s of training, {of('student_steps')} student steps, peak {of('peak_memory_gb')} GB{timed})", "",
              f"| model | steps | network calls | kid_efflite0 (95 %) | {own} | diversity | ms/image | gap closed |", "|---|---|---|---|---|---|---|---|"]
     for r in s["rows"]:
         gap = s["gap_closed"].get(r["who"], {}).get(str(r["steps"]))
         gap = "" if gap is None else f"{gap:.2f}"
         milliseconds = f"{r['ms_per_image']:.1f}" if "ms_per_image" in r else ""
-        lines.append(f"| {r['who']} | {r['steps']} | {r['calls']} | {r['kid_efflite0']:.0f} ({r['low']:.0f} to {r['high']:.0f}) | {r[own]:.3f} | {r['diversity']:.3f} | {milliseconds} | {gap} |")
+        kid = f"{r['kid_efflite0']:.0f} ({r['low']:.0f} to {r['high']:.0f})"
+        lines.append(f"| {r['who']} | {r['steps']} | {r['calls']} | {kid} | {r[own]:.3f} | {r['diversity']:.3f} | {milliseconds} | {gap} |")
     if left := missing(s, "teacher"):
         lines += ["", f"Not measured yet: teacher at {', '.join(map(str, left))} steps{', and so the gap closed' * (50 in left)}."]
     same: dict[str, list[str]] = {}                                   # the shipped students may be those of the main job
@@ -316,7 +319,8 @@ def table(s: dict) -> list[str]:
         same.setdefault(text, []).append(f"`{label}`")
     for text, labels in same.items():
         lines += ["", " and ".join(sorted(labels, reverse=True)) + text]
-    made = [f"- [`{name}`](model_cards/{name}.md): `{job['command']}` ({duration(job['seconds'])} of training, {job['device']})" for name, job in s["jobs"].items() if "command" in job]
+    made = [f"- [`{name}`](model_cards/{name}.md): `{job['command']}` ({duration(job['seconds'])} of training, {job['device']})"
+            for name, job in s["jobs"].items() if "command" in job]
     return lines + ["", "In the package, and measured as it holds them (weights in half precision):", "", *made, ""] if made else lines + [""]
 
 
@@ -328,7 +332,8 @@ def page(states: list[dict], took: dict | None) -> str:
     """The results block of README.md."""
     lines = []
     if took:
-        lines += [f"Install into a new environment: {took['install_seconds']:.0f} s ({took['hardware']}; packages from an index close by, a download takes longer).", ""]
+        lines += [f"Install into a new environment: {took['install_seconds']:.0f} s ({took['hardware']}; packages from an index close by, "
+                  "a download takes longer).", ""]
     return "\n".join(lines + [line for s in states if s["rows"] for line in table(s)])
 
 
@@ -347,10 +352,12 @@ def publish():
 def main(cfg: Config):
     if cfg.samples < 24:
         raise UserError(f"--samples {cfg.samples}: give at least 24")
+    if cfg.fresh:
+        (HERE / "install.json").unlink(missing_ok=True)
     for teacher in cfg.teachers:
         bench(teacher, cfg)
         publish()
-    if not cfg.timing and (cfg.fresh or logs()[1] is None):           # last: it needs a package index
+    if not cfg.timing and logs()[1] is None:                          # last: it needs a package index
         (HERE / "install.json").write_text(json.dumps({"hardware": hardware(), **install()}, indent=1) + "\n")
         publish()
 

@@ -46,7 +46,8 @@ def compare(source: Path, target: Path, name: str) -> dict:
     contract, _ = read_record(target)
     prompts = json.loads((target / RECORD).read_text())["card"].get("prompts", [])[:COMPARED]
     before, after = pictures(source, contract, prompts), pictures(target, contract, prompts)
-    changed = {str(k): {"max": round(float(abs(before[k] - after[k]).max()), 4), "mean": round(float(abs(before[k] - after[k]).mean()), 5)} for k in sorted(before)}
+    apart = {k: abs(before[k] - after[k]) for k in sorted(before)}
+    changed = {str(k): {"max": round(float(v.max()), 4), "mean": round(float(v.mean()), 5)} for k, v in apart.items()}
     row = {"weights": fingerprint(target), "exported_weights": fingerprint(source), "pictures": len(after[contract.steps[0]]), "changed": changed}
     log = json.loads(LOG.read_text()) if LOG.exists() else {}
     LOG.write_text(json.dumps(dict(sorted((log | {name: row}).items())), indent=1) + "\n")

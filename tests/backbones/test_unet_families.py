@@ -281,3 +281,19 @@ def test_an_unsupported_family_names_the_supported_ones(tmp_path):
 def test_every_family_of_the_table_has_an_adapter():
     for kind in backbones.FAMILIES:
         assert callable(backbones.adapter(kind))
+
+
+@pytest.mark.parametrize("family", ["sd15", "ddpm"])
+def test_weights_under_another_name_are_found_and_missing_ones_named(tmp_path, family):
+    """Many fine-tunes are published as the fp16 variant alone."""
+    from diffusers import DiffusionPipeline
+    plain = tiny_a.build(family, tmp_path / "plain")
+    DiffusionPipeline.from_pretrained(str(plain)).save_pretrained(tmp_path / "half", variant="fp16")
+    assert list((tmp_path / "half").rglob("*.fp16.safetensors")) and not list((tmp_path / "half" / "unet").glob("*model.safetensors"))
+    one, two = (dict(backbones.load(str(tmp_path / name)).module.named_parameters()) for name in ("plain", "half"))
+    assert all(torch.equal(one[k], two[k]) and two[k].dtype == torch.float32 for k in one)
+    for file in (tmp_path / "half" / "unet").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match="half cannot be opened as a pipeline .*every part its model_index.json names, as safetensors") as error:
+        backbones.load(str(tmp_path / "half"))
+    assert "\n" not in str(error.value)

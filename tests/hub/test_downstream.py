@@ -139,8 +139,9 @@ def test_every_use_is_measured_and_on_the_card(made, monkeypatch):
     assert len([r for r in rows if r["measure"] == "follows"]) == 2 * 3
     text = (made.student / "README.md").read_text()
     assert "## Beyond the plain call" in text and "refused" in text and "ControlNet of silhouettes" in text and "Not measured" not in text
-    downstream.record(made.student, [r for r in rows if r["measure"] == "distance"])
-    assert "Not measured: style LoRA, ControlNet, IP-Adapter." in (made.student / "README.md").read_text()
+    downstream.record(made.student, [r for r in rows if r["measure"] == "distance"], 2, 3)
+    text = (made.student / "README.md").read_text()
+    assert "Not measured: style LoRA, ControlNet, IP-Adapter." in text and "(2 prompts, 3 pictures of each)" in text
 
 
 def same(a, b) -> bool:

@@ -119,8 +119,11 @@ def test_a_community_lora_on_its_base_model(strangers, tmp_path, monkeypatch):
     with Loopback() as hub:
         sent(hub, "them/base", base)
         sent(hub, "them/lora", lora)
+        changes["revision"] = hub.repos["models/them/lora"].branches["main"]
+        hub.write("models/them/lora", "few.safetensors", b"of a later commit", "them")                # the row keeps to the one it was read at
         theirs = opened(hub, tmp_path / "a", name, what, changes)
         assert np.array_equal(theirs, ours)
+        assert "no safetensors one" in opened(hub, tmp_path / "a", name, what, changes, {"revision": "main"})
         assert any("/them/lora/resolve/" in p and p.endswith("few.safetensors") for _, p in hub.log) and not any(p.endswith(".bin") for _, p in hub.log)
         plain = opened(hub, tmp_path / "a", name, what, changes | {"lora_scale": 0.0})
         assert not np.array_equal(plain, ours)                                        # the LoRA was in the picture

@@ -202,7 +202,7 @@ def test_a_row_of_the_registry_that_streams_gets_the_tab_and_other_videos_do_not
     import api
     import tabs
     video = next(t for t in tabs.TABS if t.id == "video")
-    monkeypatch.setattr(zoo, "students", lambda: [Student("self_forcing.tiny", "self_forcing", "film-teacher", str(film), (2, 1), "mit", modality="video", sampler="causal")])
+    monkeypatch.setattr(zoo, "students", lambda: [Student("self_forcing.tiny", "self_forcing", "film-teacher", str(film), (2, 1), "mit", modality="video")])
     assert video.applies() and set(here.videos()) == {"self_forcing.tiny"} and here.videos()["self_forcing.tiny"].license == "mit"
     assert {r["name"]: r["modality"] for r in api.students()} == {"self_forcing.tiny": "video", **{Path(s.partition("=")[0]).name: "image" for s in students.split(os.pathsep)}}
     clip = tmp_path / "clip"                    # a stock Wan student of few steps: all frames at once, nothing to stream
@@ -221,7 +221,7 @@ def test_words_of_others_are_escaped(here):
     r = last(here.race(here.order("tiny-words", NASTY, 0, 1)))
     strip, ladder = last(here.strip(r.order)), last(here.ladder(r.order))
     for html in (looks.race_board(r), looks.race_board(None, message=NASTY), looks.history([looks.history_entry(r)]), looks.strip_board(strip, message=NASTY), looks.ladder_board(ladder, message=NASTY),
-                 looks.scatter({NASTY: [(1, 2, NASTY, 0.5)]}, NASTY, NASTY, NASTY)):
+                 looks.table([NASTY, "b"], [[NASTY, 1.5]], NASTY), looks.scatter({NASTY: [(1, 2, NASTY, 0.5)]}, NASTY, NASTY, NASTY)):
         assert "<img src=x" not in html and "&lt;img src=x" in html
     assert "read as plain text" in looks.race_board(r) and "role=\"alert\"" in looks.race_board(None, message=NASTY)
 
@@ -344,7 +344,7 @@ def test_the_leaderboard_shows_the_committed_table(here, monkeypatch, tmp_path):
     import tabs
     monkeypatch.setattr(board, "PLACES", (tmp_path,))
     head, table, plots = tabs.show_board(None, "kid_efflite0", "training_calls")
-    assert "No leaderboard" in head and table["visible"] is False and plots == ""
+    assert "No leaderboard" in head and table == "" and plots == ""
     method = dict(who="dmd", kind="method", family="distribution matching", sampler="renoise", steps=4, calls=4, training_calls=60000, training_seconds=120)
     write_board(tmp_path / "fashion", [method | dict(seed=0, kid_efflite0=300, diversity=0.3), method | dict(seed=1, kid_efflite0=400, diversity=0.5),
                                        dict(who="lcm", kind="method", family="trajectory", seed=0, error="diverged"),
@@ -353,8 +353,8 @@ def test_the_leaderboard_shows_the_committed_table(here, monkeypatch, tmp_path):
     assert [(r["who"], r["kid_efflite0"], r["seeds"]) for r in rows] == [("teacher", 220, 1), ("dmd", 350, 2)]
     assert (rows[0]["kid_efflite0_spread"], rows[1]["kid_efflite0_spread"]) == (None, pytest.approx(50 * 2**0.5))
     head, table, plots = tabs.show_board("fashion", "kid_efflite0", "training_seconds")
-    assert "Best student: dmd" in head and "350 &plusmn; 71" in head and table["value"]["data"][1][:6] == ["dmd", "distribution matching", "renoise", 4, 350.0, 70.7]
-    assert table["value"]["headers"][5] == "± over seeds" and "recall" not in table["value"]["headers"]          # empty here
+    assert "Best student: dmd" in head and "350 &plusmn; 71" in head and '<td class=fs-number data-value="350.0">350.0</td><td class=fs-number data-value="70.7">70.7</td>' in table
+    assert table.count("<tr>") == 3 and "<button type=\"button\">± over seeds</button>" in table and "recall" not in table          # empty here
     assert "350 ± 71 kid_efflite0" in plots and plots.count('class="fs-bar"') == 2
     assert plots.count('<text class="fs-name"') >= 2 and board.telling_cost(tmp_path / "fashion" / "leaderboard.csv") == "training_calls"
     assert plots.count("<svg viewBox") == 2 and "dmd (renoise): 4 network calls" in plots and "120 seconds of training" in plots

@@ -270,8 +270,8 @@ def open_pipeline(folder: str, name: str, precision, **parts):
         try:
             pipe = DiffusionPipeline.from_pretrained(folder, variant="fp16", **options)
         except (ValueError, OSError):
-            raise UserError(f"{name} cannot be opened as a pipeline ({type(error).__name__}: {str(error).splitlines()[0][:200]}): it needs every "
-                            "part its model_index.json names, as safetensors") from error
+            raise UserError(f"{name} cannot be opened as a pipeline ({type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}): it needs "
+                            "every part its model_index.json names, as safetensors") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -86,13 +86,14 @@ class Text(Tokens):
         from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
         self.folder, self.name, self.data = folder, name, data
         try:
-            self.config = AutoConfig.from_pretrained(folder)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             config = copy.deepcopy(self.config)
             for key, value in config.to_dict().items():       # off in every role, also where checkpointing needs training mode
                 if "dropout" in key and isinstance(value, float):
                     setattr(config, key, 0.0)
-            self.module = AutoModelForMaskedLM.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True)
+            self.module = AutoModelForMaskedLM.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True,
+                                                               trust_remote_code=False)          # unsaid, transformers asks the user
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{name} is no masked language model that transformers opens ({type(error).__name__}: {str(error).splitlines()[0]}): "
                             "give a folder or Hub id of one, such as text") from error
@@ -125,7 +126,7 @@ class Text(Tokens):
         from ..hub.export import read_record
         if read_record(Path(folder))[1]["family"] != self.family:
             raise UserError(f"--init_student {folder} is no text student: start from a student of the same teacher")
-        state, own = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict(), module.state_dict()
+        state, own = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).state_dict(), module.state_dict()
         if state.keys() != own.keys() or any(state[k].shape != own[k].shape for k in own):
             raise UserError(f"--init_student {folder} does not fit the teacher {self.name}: start from a student of the same teacher")
         module.load_state_dict(state)

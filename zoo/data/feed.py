@@ -489,9 +489,9 @@ def _signed(pixels: Tensor) -> Tensor:
 def _undecoded(table, column: str):
     """The table with entries {"bytes", "path"} in its column."""
     from datasets import Image, Video
-    kind = {"image": Image, "video": Video}[column]
     table = table.select_columns(column)
-    return table.cast_column(column, kind(decode=False)) if isinstance(table.features[column], kind) else table
+    kind = type(table.features[column])                # animated pictures are clips, too
+    return table.cast_column(column, kind(decode=False)) if kind in (Image, Video) else table
 
 
 def _bytes(entry) -> bytes:

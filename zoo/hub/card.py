@@ -40,7 +40,7 @@ BUILT_IN = {
 }
 # Of what a run knows, this is kept in the folder.
 KEPT = ("method", "command", "measured", "space", "samples", "seconds", "steps", "calls", "device", "chain", "prompts", "texts", "exported_step", "trained",
-        "peak_memory_gb", "energy", "downstream", "report")
+        "peak_memory_gb", "energy", "downstream", "downstream_on", "report")
 
 
 def write_card(folder: Path, model, facts: dict) -> None:
@@ -560,7 +560,8 @@ def _downstream(contract: Contract, facts: dict) -> list[str]:
     names = dict(zip(("distance", "follows", "overlap", "found"), USES))
     left = [use for name, use in names.items() if name not in used]
     adapters = " The adapters were trained on the teacher and never saw the student." if used & {"follows", "overlap", "found"} else ""
-    head = "Measured on the exported folder with stock pipelines, the same call on the same noise for all."
+    on = "" if not facts.get("downstream_on") else " ({:d} prompts, {:d} pictures of each)".format(*facts["downstream_on"])
+    head = f"Measured on the exported folder with stock pipelines, the same call on the same noise for all{on}."
     return [f"{title}{head}{adapters}{refused}\n{said}\n\n{_table(rows)}" + (f"\n\nNot measured: {', '.join(left)}." if left else "")]
 
 

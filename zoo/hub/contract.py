@@ -80,6 +80,8 @@ class Contract:
             return f"has knots {self.knots}"
         if self.sampler not in get_args(Sampler):
             return f"has the sampler {self.sampler!r}"
+        if self.sampler == "causal" and not (isinstance(self.layout, dict) and {"shape", "chunk", "sink", "window", "slots"} <= self.layout.keys()):
+            return f"has the layout {self.layout!r}"
         if self.dtype not in ("float32", "float16", "bfloat16"):
             return f"has the dtype {self.dtype!r}"
         numbers = [self.guidance, self.lora_scale, self.shift, *(self.guidance_range or ()), *(x for v in self.knots.values() for x in v)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Callable
@@ -41,8 +42,7 @@ def convert(source: str | Path, to: str, out: str | Path, rank: int | None = Non
     here; say: is told each of the three stages as it begins. The error is the largest difference of any pixel (0 to 1) between the
     student's own sample and that of the export opened again, same noise, at its usual step count. Raises UserError for families without a
     key map, naming them, for options of no effect, and when `out` exists; nothing is left at `out` then."""
-    from ..calls import open_stock
-    from ..loading import load
+    from ..calls import without_remarks
     if to not in KINDS:
         raise UserError(f"--to {to}: choose one of {', '.join(KINDS)}")
     if rank is not None and rank < 1:
@@ -50,6 +50,13 @@ def convert(source: str | Path, to: str, out: str | Path, rank: int | None = Non
     out = Path(out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--out {out} exists: give a new path")
+    with without_remarks():
+        return _convert(source, to, out, rank, teacher, allow_unverified, say)
+
+
+def _convert(source, to, out: Path, rank, teacher, allow_unverified, say) -> dict:
+    from ..calls import open_stock
+    from ..loading import load
     say("opening the student")
     student = _Student(open_stock(load(source, allow_unverified=allow_unverified), str(source), "export"), str(source), teacher)
     _refuse(student, to, rank, out)
@@ -60,13 +67,17 @@ def convert(source: str | Path, to: str, out: str | Path, rank: int | None = Non
         report = {"lora": _lora, "fused": _fused, "comfyui": _comfyui, "single-file": _single_file, "fp8": _fp8}[to](student, out, rank or 64)
         if not math.isfinite(report["maximum_error"]):
             raise UserError(f"{source} as {to} draws pictures that are not finite, and was not kept: export it as fused")
-    except BaseException:                  # what is half written or unfit does not stay, also on Ctrl-C; `out` was not there before
+    except BaseException:                  # what is half written or unfit does not stay, also on Ctrl-C; `out` was not there, or empty
         if out.is_dir():
             shutil.rmtree(out, ignore_errors=True)
         else:
             out.unlink(missing_ok=True)
         raise
     written = [out] if out.is_file() else sorted(p for p in out.rglob("*") if p.is_file())
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in written:
+        path.chmod(0o666 & ~mask)          # safetensors writes files that only their owner may read, and another program is to
     return {"student": str(source), "format": to, "written": str(out), "bytes": sum(p.stat().st_size for p in written)} | report
 
 
@@ -84,8 +95,6 @@ def _refuse(student: _Student, to: str, rank: int | None, out: Path) -> None:
     if student.has_lora and to in ("lora", "comfyui") and (style := student.record.get("teacher_lora")):
         raise UserError(f"this student's LoRA stands beside the style LoRA its teacher had ({style['name']}), and is not compared without it: "
                         f"take {student.folder / LORA_WEIGHTS} as it is and use both as its card says, or export it as fused")
-    if extracted or student.has_lora and to in ("lora", "comfyui"):
-        student.teacher                    # its name, or why there is none
     if to == "single-file" and kind != SD:
         raise UserError(f"no key map of the whole pipeline is known for {kind} here: single files are written for {SD}"
                         + (" (its UNet alone: --to comfyui)" if kind == SDXL else "") + "; export it as fused")
@@ -97,6 +106,8 @@ def _refuse(student: _Student, to: str, rank: int | None, out: Path) -> None:
                         "students of UNets; export it as fused")
     if to in ("lora", "fused", "fp8") and out.suffix == ".safetensors":
         raise UserError(f"--out {out}: --to {to} writes a folder: give a path such as {out.with_suffix('')}")
+    if extracted or student.has_lora and to in ("lora", "comfyui"):
+        student.teacher                    # its name, or why there is none
 
 
 class _Student:

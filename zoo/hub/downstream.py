@@ -267,12 +267,13 @@ def finds(pictures, references) -> float:
     return float((nearest == torch.arange(p).repeat_interleave(s)).float().mean())
 
 
-def record(folder: str | Path, rows: list[dict]) -> str:
-    """Keep `rows` in the folder's record and write its card again; returns the card's path."""
+def record(folder: str | Path, rows: list[dict], prompts: int, seeds: int) -> str:
+    """Keep `rows`, measured on this many prompts with so many pictures of each, in the folder's record and write its card again; returns the
+    card's path."""
     refresh(folder)                            # a record without facts gets them before a row is added
     path = Path(folder) / RECORD
     data = json.loads(path.read_text(encoding="utf-8"))
-    data["card"]["downstream"] = rows
+    data["card"] |= {"downstream": rows, "downstream_on": [prompts, seeds]}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return refresh(folder)
 
@@ -305,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = args.prompts or (facts.get("prompts") or ["fluent red heart"])[:4]
     rows = measure(args.folder, str(ASSETS / known["folder"]) if known else named, prompts, args.guidance or known.get("guidance", 7.5),
                    Adapters(args.lora, args.controlnet, args.ip_adapter), device=device, seeds=args.seeds)
-    print(record(args.folder, rows))
+    print(record(args.folder, rows, len(prompts), args.seeds))
     for row in rows:
         print("  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if v is not None))
 

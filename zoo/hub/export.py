@@ -111,6 +111,8 @@ def export_student(model, net, folder: str | Path, contract: Contract, *, lora_r
     if isinstance(net, View):
         net = net.net
     temp, old = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    if old.exists() and not folder.exists():          # a process that was killed between the two renames below
+        os.replace(old, folder)
     for leftover in (temp, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -124,19 +126,28 @@ def export_student(model, net, folder: str | Path, contract: Contract, *, lora_r
             extra(temp)
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temp, folder)
+        try:
+            os.replace(temp, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
     except OSError as error:
         raise UserError(f"could not write the student to {folder} ({error}): free some space or give another folder") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def _teacher_name(model) -> str:
-    """Built-in name or Hub id; a local folder only by its last part."""
+    """Built-in name or Hub id; a local folder only by its last part, which must not be taken for a built-in teacher's name."""
+    from ..backbones import BUILT_IN
     name = str(model.name)
-    return Path(name).name if Path(name).exists() else name
+    if name in BUILT_IN or not Path(name).exists():
+        return name
+    return Path(name).name + " (a folder)" * (Path(name).name in BUILT_IN)
 
 
 def _write_bare(model, net, folder, contract, record):

@@ -29,10 +29,11 @@ def read_record(folder: str | Path) -> tuple[Contract, dict]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): export the student again") from error
     said = {"family": isinstance(family, str), "teacher": isinstance(record["teacher"], str), "slot": record["slot"] in (None, *SLOT_FOLDERS),
-            "slot_weights": record["slot_weights"] in PARTS, "lora_rank": isinstance(record["lora_rank"], int)}
+            "slot_weights": record["slot_weights"] in PARTS, "lora_rank": isinstance(record["lora_rank"], int),
+            "length": family != "text" or isinstance(record.get("length"), int)}
     for key, fits in said.items():
         if not fits:
-            raise UserError(f"{path} says {key} {record[key]!r}, which no export writes: export the student again, or do not trust it")
+            raise UserError(f"{path} says {key} {record.get(key)!r}, which no export writes: export the student again, or do not trust it")
     return contract, record
 
 

@@ -106,7 +106,7 @@ def translate(error: Exception, repo: str) -> UserError | None:
     if "HFValidationError" in names:
         return UserError(f"{repo!r} is not a repository name: give user/name")
     if "OfflineModeIsEnabled" in names:
-        return UserError(f"{repo} cannot be reached: HF_HUB_OFFLINE is set; unset it, or give a local folder")
+        return UserError(f"{repo} cannot be reached: HF_HUB_OFFLINE is set; unset it first")
     if "GatedRepoError" in names:
         return UserError(f"{repo} is gated: ask for access on its page, and log in with `hf auth login` ({code})")
     if code in TRANSIENT:

@@ -28,7 +28,7 @@ found, unsampled = [], ""
 
 def text():
     from transformers import AutoModelForMaskedLM
-    model = AutoModelForMaskedLM.from_pretrained(folder, use_safetensors=True)
+    model = AutoModelForMaskedLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     with torch.no_grad():
         out = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits
     if not out.isfinite().all():
