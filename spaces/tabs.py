@@ -167,8 +167,8 @@ def told(error: Exception) -> str:
     """What to show for an error; a bug goes to the log."""
     if isinstance(error, UserError):
         return racing.words(error)
-    if isinstance(error, gr.Error):          # of ZeroGPU: no quota, no machine
-        return str(error.message)
+    if isinstance(error, gr.Error):          # of ZeroGPU: no quota, no machine; it writes links
+        return re.sub("<[^>]*>", "", str(error.message))
     traceback.print_exception(error)
     return BROKEN
 

@@ -161,6 +161,10 @@ def test_the_hub_commands_pass_their_flags_on(capsys, monkeypatch):
                     "collection": None}
     data = json.loads(run(capsys, "push", "outputs/x/student", "user/x", "--json"))
     assert data == {"folder": "outputs/x/student", "repo": "user/x", "url": "https://hub/commit/1", "commit": "1", "pull_request": None, "revision": None, "tag": None}
+    monkeypatch.setattr("zoo.hub.publish.push", lambda folder, repo, say, **options: [say(s) for s in ("checking the folder", "sending")] and "https://hub/x")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    cli.main(["push", "outputs/x/student", "user/x"])
+    assert "sending" in capsys.readouterr().err
     assert said["private"] is None and said["create_pr"] is False        # nothing said: the Hub's own default
 
 
@@ -184,18 +188,23 @@ def rebuilt_row(value, tolerance=0.1):
 
 def test_make_repeats_the_command_and_holds_it_against_the_row(capsys, monkeypatch, tmp_path):
     """The exact flags and the seed reach the script; a metric outside its tolerance ends with exit code 1."""
+    from tqdm import tqdm
     heard = []
 
     def train(name, flags):
         heard.append((name, flags))
         print("what a script prints")
+        list(tqdm([1], desc="training", disable=False))
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "measured.json").write_text(json.dumps({"measured": [{"who": "teacher", "steps": 4, "conditional_kid_flat": 9},
                                                                        {"who": "student", "steps": 4, "conditional_kid_flat": 0.45}]}))
     monkeypatch.setattr(cli, "train", train)
     monkeypatch.setattr(registry, "STUDENTS", (rebuilt_row(0.4),))
-    data = json.loads(run(capsys, "make", "dmd.toy-2step", "--out", str(tmp_path / "run"), "--json"))
+    cli.main(["make", "dmd.toy-2step", "--out", str(tmp_path / "run"), "--json"])
+    printed = capsys.readouterr()
+    assert "what a script prints" in printed.err and "training" not in printed.err            # nobody watches: no bar, whoever draws it
+    data = json.loads(printed.out)
     report = data["metrics"]
     assert data["folder"] == str(tmp_path / "run" / "student") and data["seed"] == 3
     assert heard == [("dmd", ["--teacher", "toy", "--steps", "2", "--seed", "3", "--output_dir", str(tmp_path / "run")])]
@@ -315,7 +324,7 @@ def test_every_kind_of_student_is_measured_or_refused(capsys, students, kind, tm
     rows = {r["metric"]: r for r in json.loads(run(capsys, *words))["rows"]}
     parts = {"pixel": {"denoiser"}, "plain": {"denoiser"}, "dit": {"denoiser", "vae"}}.get(kind, {"text_encoder", "denoiser", "vae"})
     assert {m.removeprefix("ms_") for m in rows if m.startswith("ms_")} == parts | {"rest", "total"}
-    assert all(rows[f"ms_{p}"]["value"] > 0 for p in parts) and rows["ms_denoiser"]["note"] == "1 calls of the network"
+    assert all(rows[f"ms_{p}"]["value"] > 0 for p in parts) and rows["ms_denoiser"]["note"] == "1 call of the network"
 
 
 @pytest.mark.parametrize("kind", KINDS)

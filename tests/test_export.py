@@ -334,7 +334,7 @@ def test_servers_and_stock_diffusers_read_the_same_folder(tmp_path, family):
     assert (folder / "LICENSE").read_text() == "the teacher's terms"
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert Contract.from_json(pipe.scheduler.config["_fewstep"]) == contract
-    assert opens(folder, model.family) == []
+    assert opens(folder, model.family) == ([], "")
 
 
 def test_dmd2_config_only_where_it_applies(exported):

@@ -161,7 +161,8 @@ def test_a_contract_tells_a_call_nothing_else(student):
     good = CONTRACT.to_json()
     for bad, match in (({"call": {"2": {"callback": "x"}}}, "callback"), ({"knots": {"2": [999]}}, "knots"), ({"knots": {"2": [499, 999]}}, "knots"),
                        ({"knots": {}}, "knots"), ({"knots": {"a": [1]}}, "ValueError"), ({"knots": 3}, "AttributeError"), ({"sampler": "exec"}, "sampler"),
-                       ({"sampler": "causal"}, "layout"), ({"guidance": "7"}, "number"), ({"dtype": "load"}, "dtype"), ({"lora_scale": float("nan")}, "number")):
+                       ({"sampler": "causal"}, "layout"), ({"guidance": "7"}, "number"), ({"dtype": "load"}, "dtype"),
+                       ({"lora_scale": float("nan")}, "number")):
         with pytest.raises(UserError, match=match):
             Contract.from_json(good | bad)
     assert Contract.from_json(good) == CONTRACT
@@ -235,22 +236,26 @@ WEIGHTLESS = ("Tokenizer", "Processor", "Config", "Scheduler")          # ends o
 
 
 def readers(source: str) -> list[str]:
-    """Calls that read weights, their own or bound by functools.partial, and do not say use_safetensors=True (or pass on the `common` options)."""
+    """Calls that read weights, their own or bound by functools.partial, and do not say use_safetensors=True, nor pass on options that were set to it."""
     bare = []
     for node in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
         called = [f for f in (node.func, *node.args[:1]) if isinstance(f, ast.Attribute) and f.attr in READS]
-        if called and not ast.unparse(called[0].value).endswith(WEIGHTLESS) and not {"use_safetensors=True", "**common"} & set(map(ast.unparse, node.keywords)):
+        options = [re.escape(ast.unparse(k.value)) for k in node.keywords if k.arg is None]
+        said = "use_safetensors=True" in map(ast.unparse, node.keywords) or any(re.search(rf"\b{o} = .*use_safetensors\W+True", source) for o in options)
+        if called and not ast.unparse(called[0].value).endswith(WEIGHTLESS) and not said:
             bare.append(ast.unparse(node))
     return bare
 
 
 def test_everything_that_is_opened_is_safetensors():
-    assert readers("A.from_pretrained(f)\npartial(pipe.load_lora_weights, f)\nAutoTokenizer.from_pretrained(f)\nB.from_pretrained(f, use_safetensors=False)") == [
-        "A.from_pretrained(f)", "partial(pipe.load_lora_weights, f)", "B.from_pretrained(f, use_safetensors=False)"]
+    assert readers("options = {'use_safetensors': True}\nA.from_pretrained(f, **options)\nother = {}") == []
+    assert readers("other = {}\nA.from_pretrained(f, **other)") == ["A.from_pretrained(f, **other)"]
+    assert readers("A.from_pretrained(f)\npartial(pipe.load_lora_weights, f)\nAutoTokenizer.from_pretrained(f)\nB.from_pretrained(f, use_safetensors=False)"
+                   ) == ["A.from_pretrained(f)", "partial(pipe.load_lora_weights, f)", "B.from_pretrained(f, use_safetensors=False)"]
     for path in Path(zoo.__file__).parent.rglob("*.py"):                  # nor is code trusted; unsaid, transformers asks at the terminal
         for node in (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)):
-            assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in node.keywords), path
-            assert not re.match(r"Auto\w+\.from_pretrained", ast.unparse(node.func)) or "trust_remote_code=False" in ast.unparse(node), (path, ast.unparse(node))
+            trusts = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]
+            assert trusts == ["False"] or not trusts and not re.match(r"Auto\w+\.from_pretrained", ast.unparse(node.func)), (path, ast.unparse(node))
     assert {p.name: bare for p in Path(zoo.__file__).parent.rglob("*.py") if (bare := readers(p.read_text(encoding="utf-8")))} == {}
 
 
@@ -281,6 +286,12 @@ def test_a_pulled_lora_names_no_folder_of_this_machine(student, tmp_path, monkey
     for teacher in (str(student), "student", "./student", "../x", "~/student", "a/b/c", "nobody/base", "nobody/.."):
         say(alone, lora_rank=2, teacher=teacher)
         refused("me/lora", "names .* as its base model, which is no Hub id, or a folder of this machine")
+    say(alone, lora_rank=2, teacher=str(student))
+    from zoo.hub.convert import _Student
+    pipe = type("Pipe", (), {"unet": None, "set_progress_bar_config": lambda self, **k: None})()
+    with pytest.raises(UserError, match="no Hub id, or a folder of this machine"):
+        _Student(pipe, "me/lora").teacher                                  # what `zoo export me/lora --to lora` compares with
+    assert _Student(pipe, str(alone)).teacher == _Student(pipe, "me/lora", given=str(student)).teacher == str(student)
 
 
 def test_the_base_model_is_the_one_the_student_was_made_with(student, tmp_path, monkeypatch):

@@ -94,4 +94,7 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -211,7 +211,7 @@ def latency(pipe, call: dict, steps: int | None, repeats: int = 3) -> list[dict]
         count = spent["calls"]
         for name, values in parts.items():
             values.append(spent[name])
-    rows = [row(f"ms_{name}", 1e3 * statistics.median(values), f"{count} calls of the network" if name == "denoiser" else "")
+    rows = [row(f"ms_{name}", 1e3 * statistics.median(values), f"{count} call{'s' * (count != 1)} of the network" if name == "denoiser" else "")
             for name, values in parts.items()]
     rest = statistics.median(t - sum(values[i] for values in parts.values()) for i, t in enumerate(totals))
     return [*rows, row("ms_rest", 1e3 * rest, "scheduler, tokenizer, conversion"), row("ms_total", 1e3 * statistics.median(totals),

@@ -311,11 +311,10 @@ def _adapter(folder: Path, contract: Contract, record: dict, dtype: torch.dtype,
     """A LoRA alone: put on its teacher, with the scheduler that lies beside it. The record of a repository names no folder of this machine."""
     import diffusers
 
-    from .backbones import BUILT_IN, _locate
+    from .backbones import _locate
     teacher = record["teacher"]
-    if pulled and teacher not in BUILT_IN and (Path(teacher).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher)):
-        raise UserError(f"the record of this LoRA names {teacher!r} as its base model, which is no Hub id, or a folder of this machine: "
-                        "it is not opened for a repository; download the LoRA and give its folder")
+    if pulled:
+        refuse_local_base(teacher)
     source, _ = _locate(teacher)
     pin = {"revision": base_revision(folder)} if not Path(source).is_dir() and base_revision(folder) else {}
     pipe = _hub(lambda: diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **pin, **_in(dtype)), f"the teacher {teacher}")
@@ -326,6 +325,14 @@ def _adapter(folder: Path, contract: Contract, record: dict, dtype: torch.dtype,
     pipe.scheduler = kind.from_config(config)
     put_lora(pipe, str(folder), LORA_WEIGHTS, contract.lora_scale)
     return _agreed(pipe, folder, contract)
+
+
+def refuse_local_base(teacher: str) -> None:
+    """Raise UserError for a base model, named by the record of a repository, that would be read from this machine's folders."""
+    from .backbones import BUILT_IN
+    if teacher not in BUILT_IN and (Path(teacher).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher)):
+        raise UserError(f"the record of this student names {teacher!r} as its base model, which is no Hub id, or a folder of this machine: "
+                        "it is not opened for a repository; download the student and give its folder")
 
 
 def put_lora(pipe, source: str, file: str, scale: float, second: str = "", **options) -> None:

@@ -114,7 +114,8 @@ def life(world: World, name: str, method, form: str, out: Path) -> dict:
     images = method.needs.startswith("images")
     prompted = "prompt" in _call(world, name, _stock_class(world, name))
     cfg = script.Config(teacher=world.teacher(name), data=(world.clips() if images and name in VIDEO else world.data(images)) if images or prompted else "", batch=2, steps=2, lora=FORMS[form],
-                        output_dir=str(out), sample_every=0, measure_every=2, checkpoint_every=1, mixed_precision="no", guidance=2.0,
+                        output_dir=str(out), sample_every=0, measure_every=2, checkpoint_every=1, mixed_precision="no",
+                        guidance=0.0 if name == "ddpm" else 2.0,               # unconditional: there is none
                         **{"time_budget": 0, **TINY.get(method.name, {})})
     run = script.main(cfg)
     resumed = script.main(dataclasses.replace(cfg, steps=3))

@@ -194,7 +194,7 @@ def test_life(world, tmp_path, monkeypatch, name, script, lora):
     data = str(world[1] / ("prompts.txt" if script == "dmd" else "images"))
     cfg = train.Config(teacher=world[0](name), data="" if script == "dmd" and "prompt" not in family.what else data, batch=4, steps=2, lora=lora,
                        time_budget=0, output_dir=str(tmp_path / "run"), sample_every=0, measure_every=2, checkpoint_every=1, mixed_precision="no",
-                       guidance=2.0, gradient_checkpointing=bool(lora) and script == "dmd" and name != "dit")
+                       guidance=0.0 if name == "ddpm" else 2.0, gradient_checkpointing=bool(lora) and script == "dmd" and name != "dit")
     run = train.main(cfg)
     pristine = dict(getattr(DiffusionPipeline.from_pretrained(world[0](name)), run.model.part).named_parameters())
     base = {n.replace(".base_layer", ""): p for n, p in run.model.module.named_parameters() if "lora_" not in n and "cond_proj" not in n}
@@ -297,3 +297,20 @@ def test_weights_under_another_name_are_found_and_missing_ones_named(tmp_path, f
     with pytest.raises(UserError, match="half cannot be opened as a pipeline .*every part its model_index.json names, as safetensors") as error:
         backbones.load(str(tmp_path / "half"))
     assert "\n" not in str(error.value)
+
+
+def test_guidance_of_what_has_none_is_refused(tmp_path):
+    """Guided by itself, a network is what it was: the scale would be recorded, paid for and without effect."""
+    folder = str(tiny_a.build("ddpm", tmp_path / "ddpm"))
+    assert backbones.load(folder).guidance == backbones.load(folder, guidance=1.0).guidance == 1
+    with pytest.raises(UserError, match="--guidance 3: .*ddpm has no unconditional half .* leave it out"):
+        backbones.load(folder, guidance=3.0)
+    data = {"x0": torch.zeros(4, 2), "label": torch.arange(4)}
+    custom = lambda **options: backbones.Custom(torch.nn.Identity(), options.pop("data", data), shape=(2,), **options)
+    with pytest.raises(UserError, match="custom has no unconditional half"):
+        backbones.load(custom(), guidance=2.0)
+    assert backbones.load(custom(uncond={"label": torch.tensor([4])}), guidance=2.0).guidance == 2
+    with pytest.raises(UserError, match="`uncond` has the keywords label, and `data` label, mask"):
+        custom(data=data | {"mask": torch.ones(4)}, uncond={"label": torch.tensor([4])})
+    with pytest.raises(UserError, match="different lengths .x0: 4, label: 3."):
+        custom(data=data | {"label": torch.arange(3)})

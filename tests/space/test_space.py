@@ -266,7 +266,7 @@ def test_a_bug_shows_no_traceback(here, monkeypatch, capsys):
 def test_errors_of_the_machine_keep_their_words(here):
     import gradio as gr
     import tabs
-    assert tabs.told(gr.Error("you have exceeded your quota")) == "you have exceeded your quota"
+    assert tabs.told(gr.Error("you have exceeded your <a href='x'>quota</a>")) == "you have exceeded your quota"
 
 
 def test_a_curve_is_drawn_from_its_first_point(here):

@@ -42,7 +42,7 @@ def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
     """A Backbone from a built-in name (emoji, fashion, toy, toy-video), a diffusers folder or a Hub id; a Backbone is returned as it is.
 
     data: see RunConfig.data; guidance: teacher scale w, 0 for the teacher's own default.
-    Raises UserError for unknown names, folders without model_index.json and families without an adapter."""
+    Raises UserError for unknown names, folders without model_index.json, families without an adapter, and guidance of what has none."""
     if isinstance(teacher, Backbone):
         model = teacher
     elif teacher == "toy":
@@ -60,6 +60,9 @@ def load(teacher, data: str = "", guidance: float = 0.0) -> Backbone:
         raise UserError(f"--data {data}: {teacher} draws its own data; drop --data, or give another --teacher")
     if data:
         model.data = data
+    if guidance not in (0, 1) and not model.takes_guidance:
+        raise UserError(f"--guidance {guidance:g}: {model.name} has no unconditional half and no input to be guided by: leave it out, "
+                        "or give --guidance 1 beside a --recipe that sets it")
     if guidance:
         model.guidance = guidance
     return model

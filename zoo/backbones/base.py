@@ -71,6 +71,7 @@ class Backbone:
     stock_call: dict = {}
     pipeline_tag = "unconditional-image-generation"
     style = None
+    takes_guidance = True     # whether there is an unconditional half, or an input for the scale
     storage = Storage()       # where encoded prompts and pictures are kept; a run sets its own
     bf16_on_cpu = False       # whether bf16 autocast is faster on a CPU (measured: convolutional UNets gain, a small MLP loses)
     lora_targets = (r".*(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut|conv|"

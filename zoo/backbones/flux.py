@@ -20,6 +20,7 @@ class Flux(Flow):
         self.start(folder, name, data, guidance, tokenizer="tokenizer_2")
         self.size(self.module.config.in_channels // 4, 128, 128)
         self.embeds = self.module.config.guidance_embeds
+        self.takes_guidance = self.embeds
         if not self.embeds:
             self.guidance = guidance or 1.0
 

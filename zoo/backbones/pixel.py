@@ -26,6 +26,7 @@ class Pixel(Backbone):
         self.shape = (self.module.config.in_channels, *size)
         self.classes = self.module.config.num_class_embeds        # the last one is the null class
         self.guidance = (guidance or 1.0) if self.classes else 1.0
+        self.takes_guidance = bool(self.classes)
 
     def forward(self, module, x, timestep, cond):
         return module(x, timestep, class_labels=cond.get("label"), return_dict=False)[0]

@@ -117,7 +117,10 @@ class _Student:
     def __init__(self, pipe, name: str, given: str = ""):
         from ..loading import _community_row, _folder
         self.pipe, self.given = pipe, given
-        self.folder: Path | None = Path(name) if Path(name).is_dir() else None if _community_row(name) else _folder(name)[0]
+        self.folder: Path | None = Path(name) if Path(name).is_dir() else None
+        self.pulled = False
+        if self.folder is None and not _community_row(name):
+            self.folder, self.pulled = _folder(name)
         self.kind = type(pipe).__name__
         self.part = "unet" if hasattr(pipe, "unet") else "transformer"
         self.record = read_record(self.folder)[1] if self.folder and (self.folder / RECORD).exists() else {}
@@ -132,11 +135,14 @@ class _Student:
     def teacher(self) -> str:
         """Where its teacher is: as given, or as its record says."""
         from ..backbones import BUILT_IN
+        from ..loading import refuse_local_base
         name = self.given or self.record.get("teacher", "")
         if not name:
             raise UserError(f"{self.folder or self.kind} does not say what it was distilled from: name its teacher's folder or Hub id with --teacher")
         if not (name in BUILT_IN or Path(name).is_dir() or "/" in name and not self.given.startswith((".", "/", "~"))):
             raise UserError(f"the teacher {name} is not here: name its folder or Hub id with --teacher")
+        if self.pulled and not self.given:
+            refuse_local_base(name)
         return name
 
     def draw(self, pipe, **extra) -> Tensor:
