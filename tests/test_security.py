@@ -255,7 +255,7 @@ def test_everything_that_is_opened_is_safetensors():
     for path in Path(zoo.__file__).parent.rglob("*.py"):                  # nor is code trusted; unsaid, transformers asks at the terminal
         for node in (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)):
             trusts = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]
-            assert trusts == ["False"] or not trusts and not re.match(r"Auto\w+\.from_pretrained", ast.unparse(node.func)), (path, ast.unparse(node))
+            assert trusts == ["False"] or not trusts and not re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(node.func)), (path, ast.unparse(node))
     assert {p.name: bare for p in Path(zoo.__file__).parent.rglob("*.py") if (bare := readers(p.read_text(encoding="utf-8")))} == {}
 
 

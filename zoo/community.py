@@ -33,7 +33,7 @@ PAPERS = (
            "Guanglu Song", "Yu Liu", "Hongsheng Li", "Xiaogang Wang"), "2405.18407"),
     Paper("sana_sprint", "SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation",
           ("Junsong Chen", "Shuchen Xue", "Yuyang Zhao", "Jincheng Yu", "Sayak Paul", "Junyu Chen", "Han Cai", "Enze Xie", "Song Han"), "2503.09641"),
-    Paper("anyflow", "AnyFlow: Any-Step Video Diffusion Model with On-Policy Flow Map Distillation", 
+    Paper("anyflow", "AnyFlow: Any-Step Video Diffusion Model with On-Policy Flow Map Distillation",
           ("Yuchao Gu", "Guian Fang", "Yuxin Jiang", "Weijia Mao", "Song Han", "Han Cai", "Mike Zheng Shou"), "2605.13724"),
 )
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .sharding import CONFIGS
+from .sharding import REFUSED as NOT_CUT
 
 INSTEAD = f"use --config_file {CONFIGS}/8gpu_fsdp2.yaml"
 BUCKET = 50_000_000          # numbers reduced at once
@@ -38,7 +39,8 @@ def check(cfg) -> None:
                         f"use --config_file {CONFIGS}/deepspeed_zero2.yaml")
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage != "2":
-        raise UserError(f"ZeRO-{stage} is not supported, only ZeRO-2 ({CONFIGS}/deepspeed_zero2.yaml): {INSTEAD}, which cuts parameters too, as ZeRO-3 does")
+        instead = f"use {CONFIGS}/deepspeed_zero2.yaml" if cfg.method in NOT_CUT or stage != "3" else f"{INSTEAD}, which cuts parameters too, as ZeRO-3 does"
+        raise UserError(f"ZeRO-{stage} is not supported, only ZeRO-2: {instead}")
     for name in ("OPTIMIZER", "PARAM"):
         if told(f"DEEPSPEED_OFFLOAD_{name}_DEVICE"):
             raise UserError(f"offload_{name.lower()}_device is not supported: leave it out of the file, and save memory with --offload_averages or --lora 64")

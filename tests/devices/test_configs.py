@@ -73,6 +73,6 @@ def test_blocks_are_the_outermost_lists_or_the_named_classes():
 
 
 def test_files_named_in_the_code_and_the_documentation_exist():
-    for path in (ROOT / "zoo" / "sharding.py", ROOT / "zoo" / "deepspeed.py", ROOT / "docs" / "many_devices.md", *sorted((ROOT / "train_scripts" / "cluster").iterdir())):
+    for path in (ROOT / "zoo" / "sharding.py", ROOT / "zoo" / "deepspeed.py", ROOT / "docs" / "many_devices.md", *sorted((ROOT / "train_scripts" / "cluster").glob("*.*"))):
         for name in re.findall(r"([\w]+\.yaml)", path.read_text()):
             assert name in set(EXPECTED) | ELSEWHERE, (path, name)

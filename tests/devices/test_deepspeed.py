@@ -8,6 +8,7 @@ import pytest
 import train_dmd
 import train_lcm
 import train_tscd
+import train_twinflow
 import yaml
 from launching import CONFIGS, arguments, environment, torchrun
 from test_ranks import alone, distance, few_samples, files, options, teachers  # noqa: F401  (fixtures)
@@ -59,6 +60,13 @@ def test_settings_that_cannot_be_honoured_are_refused(told, monkeypatch, name, v
     monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(UserError, match=words):
         deepspeed.check(train_lcm.Config())
+
+
+def test_a_method_that_fsdp_refuses_is_not_sent_there(told, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert set(sharding.REFUSED) == {"twinflow", "self_forcing"}
+    with pytest.raises(UserError, match="ZeRO-3 is not supported.*deepspeed_zero2.yaml"):
+        deepspeed.check(train_twinflow.Config())
 
 
 def test_flags_and_methods_that_cannot_be_honoured_are_refused(told, tmp_path):

@@ -32,8 +32,8 @@ class Custom(Backbone):
         if guidance != 1 and uncond is None:
             raise UserError("a guided teacher needs `uncond`: the network's keywords for one unconditional item, [1, ...]")
         if uncond is not None and set(uncond) != set(data) - {"x0"}:         # both halves run as one batch
-            raise UserError(f"`uncond` has the keywords {', '.join(sorted(uncond)) or 'none'}, and `data` {', '.join(sorted(set(data) - {'x0'})) or 'none'} "
-                            "(x0 aside): give the same ones")
+            raise UserError(f"`uncond` has the keywords {', '.join(sorted(uncond)) or 'none'}, and `data` "
+                            f"{', '.join(sorted(set(data) - {'x0'})) or 'none'} (x0 aside): give the same ones")
         if len({len(v) for v in data.values()}) != 1:
             raise UserError(f"the tensors of `data` are of different lengths ({', '.join(f'{k}: {len(v)}' for k, v in data.items())}): one row per item in each")
 

@@ -188,7 +188,8 @@ class Texts:
         return {"model": str(self.model.name), "revision": revision(self.model), "weights": fingerprint(self.encoders), "style": _style(self.model),
                 "precision": {k: str(next(v.parameters()).dtype) for k, v in self.encoders.items()},
                 "length": getattr(self.model, "length", {k: v.model_max_length for k, v in tokenizers.items()}),
-                "settings": settings(pipe), "tokens": {k: digest(str(v(PROBE, verbose=False)["input_ids"])) for k, v in tokenizers.items()}, "family": getattr(self.model, "text_family", self.model.family), "format": FORMAT}
+                "settings": settings(pipe), "tokens": {k: digest(str(v(PROBE, verbose=False)["input_ids"])) for k, v in tokenizers.items()},
+                "family": getattr(self.model, "text_family", self.model.family), "format": FORMAT}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         keys = [digest(p) for p in prompts]

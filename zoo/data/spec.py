@@ -5,7 +5,8 @@
 
 caption, image, video, label: the column (or `column.key` of a column of objects) where it is not one of the usual names;
 config: of a Hub set that has several; stream: read forwards without downloading (Hub sets and shards: yes) or as a whole (all else);
-buffer: rows of a stream that are shuffled among each other (1024, of clips 64); buckets: pictures keep their aspect ratio (see `buckets`); fps: frames a second that clips are thinned to."""
+buffer: rows of a stream that are shuffled among each other (1024, of clips 64);
+buckets: pictures keep their aspect ratio (see `buckets`); fps: frames a second that clips are thinned to."""
 from __future__ import annotations
 
 import re
