@@ -102,7 +102,7 @@ def test_two_ranks_and_accumulation_agree_with_one_rank(tmp_path):
     for name, how in runs.items():
         done = launch("dmd", tmp_path / name, "--steps", "6", "--gan", "0.01", *how.get("flags", []), ranks=how.get("ranks", 1))
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = last(tmp_path / "one")[0], last(tmp_path / "two")[0]
+    one = last(tmp_path / "one")[0]
     for other in ("accumulated", "two"):
         theirs = last(tmp_path / other)[0]
         for f in one:
@@ -322,6 +322,7 @@ def refused(*flags, script="dmd", out):
     return message[0]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     out = tmp_path / "run"
     assert "emoji, fashion" in refused("--teacher", "emojii", out=out)
