@@ -15,8 +15,8 @@ from .errors import UserError
 
 NAMES = ("adamw", "adamw8bit", "adafactor")
 NUMBER = "::number"          # ends the name of a state that is a Python number
-# Where AdamW's fused kernel is used; the tensor-list implementation (foreach) elsewhere. On a CPU its step takes 0.15 to
-# 0.35 of the time (benchmarks/training_step, `optimizers`); on a GPU it also needs no memory for intermediate lists, and waits to be measured.
+# Where AdamW's fused kernel is used; the tensor-list implementation (foreach) elsewhere. On a CPU its step takes 0.3
+# of the time (benchmarks/training_step, `optimizers`); on a GPU it also needs no memory for intermediate lists, and waits to be measured.
 FUSED = {"cpu", "cuda"}
 
 
