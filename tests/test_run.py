@@ -63,11 +63,16 @@ def test_kill_at_any_moment_and_resume_is_bit_equal(tmp_path, script, flags):
     assert steps == sorted(steps)                       # no row of the repeated steps stands twice
 
 
-def test_terminate_saves_the_current_step(tmp_path):
-    child = launch("dmd", tmp_path / "run", "--steps", "100000", "--checkpoint_every", "100000", wait=False)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+def until_it_trains(child, folder):
+    log = folder / "metrics.jsonl"
+    while not log.exists() or not log.read_text():
         assert child.poll() is None, child.stderr.read()[-2000:]
         time.sleep(0.05)
+
+
+def test_terminate_saves_the_current_step(tmp_path):
+    child = launch("dmd", tmp_path / "run", "--steps", "100000", "--checkpoint_every", "100000", wait=False)
+    until_it_trains(child, tmp_path / "run")
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 128 + signal.SIGTERM and "the same command resumes" in err
@@ -78,9 +83,7 @@ def test_terminate_saves_the_current_step(tmp_path):
 def test_ctrl_c_saves_and_the_same_command_resumes_bit_exactly(tmp_path):
     """Asked twice in a row, as by a launcher that passes on the Ctrl-C its children had too."""
     child = launch("dmd", tmp_path / "run", "--steps", "100000", "--checkpoint_every", "100000", wait=False)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
-        assert child.poll() is None, child.stderr.read()[-2000:]
-        time.sleep(0.05)
+    until_it_trains(child, tmp_path / "run")
     child.send_signal(signal.SIGINT)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)

@@ -45,12 +45,15 @@ def opened():
         return f"its base model does not open here ({type(error).__name__})"
     if not hasattr(pipe, "load_lora_weights"):
         return f"{type(pipe).__name__} loads no LoRA"
-    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors", adapter_name="student", use_safetensors=True)
     if "student" not in sum(pipe.get_list_adapters().values(), []):
         found.append("none of its layers are layers of its base model")
     if os.path.exists(folder + "/scheduler/scheduler_config.json"):
-        kind = json.load(open(folder + "/scheduler/scheduler_config.json"))["_class_name"]
-        pipe.scheduler = getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
+        Scheduler = getattr(diffusers, json.load(open(folder + "/scheduler/scheduler_config.json"))["_class_name"])
+        if issubclass(Scheduler, diffusers.SchedulerMixin):
+            pipe.scheduler = Scheduler.from_pretrained(folder, subfolder="scheduler")
+        else:
+            found.append(f"{Scheduler.__name__} is no scheduler")
     return pipe
 
 
