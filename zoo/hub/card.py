@@ -31,7 +31,6 @@ BUILT_IN = {
               "contributors, CC-BY-4.0) and Fluent Emoji (Microsoft, MIT). The teacher, and so the student, was trained on all three; the pictures above "
               "imitate them."),
     "fashion": ("mit", "assets/fashion/teacher", "Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; Zalando SE, MIT)."),
-    "avatars": ("apache-2.0", "", "Pixel avatars drawn with DiceBear pixel-art (CC0 1.0)."),
     "toy": ("apache-2.0", "", "Draws of a closed-form mixture of Gaussians."),
     "text": ("apache-2.0", "assets/text/teacher", "The King James Version, Genesis to Esther in lower case (public domain; in the United Kingdom "
              "under the Crown's patent)."),
