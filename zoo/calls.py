@@ -24,6 +24,17 @@ def open_stock(pipe, student: str, command: str):
     return pipe
 
 
+def device_here(name: str | None) -> str:
+    """The device of that name; by default a GPU if there is one, else the CPU. Raises UserError for one that cannot be used."""
+    import torch
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}): give cpu, or leave it out") from error
+    return device
+
+
 @contextlib.contextmanager
 def without_remarks():
     """Inside, diffusers says nothing but errors: what it remarks on opening (keys for servers in model_index.json, LoRA files without a text

@@ -134,13 +134,9 @@ def local(name: str, command: str) -> str:
 def opened(args) -> dict:
     """Arguments of zoo.load that were given. Raises UserError for a device that is not here."""
     import torch
-    given = {"allow_unverified": True} if args.allow_unverified else {}
-    if device := args.device or ("cuda" if torch.cuda.is_available() else None):
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}): give cpu, or leave it out") from error
-        given["device"] = device
+
+    from .calls import device_here
+    given = {"device": device_here(args.device)} | ({"allow_unverified": True} if args.allow_unverified else {})
     if args.dtype:
         given["dtype"] = getattr(torch, args.dtype)
     return given

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
+from ..calls import device_here
 from ..errors import UserError
 from .card import refresh
 from .record import RECORD, read_record
@@ -292,12 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: give at least 1")
-    import torch
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}): give cpu, or leave it out") from error
+    device = device_here(args.device)
     from ..backbones import ASSETS, BUILT_IN
     named = args.teacher or read_record(args.folder)[1]["teacher"]
     known = BUILT_IN.get(named, {})
