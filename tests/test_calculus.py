@@ -74,3 +74,20 @@ def test_derivatives_of_a_network_on_its_fine_step(how):
     if how == "fd":
         coarse = calculus.total_derivative(fn, (x, t), (x, torch.ones_like(t)), how, 1e-2)[1]
         assert (coarse - exact).norm() > 0.3 * exact.norm()
+
+
+@pytest.mark.parametrize("kernel", ["_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+                                    "_scaled_dot_product_attention_math"])
+def test_plain_attention_alone_has_a_forward_mode(kernel):
+    """Why `total_derivative` forces it, on a GPU too: torch's fused kernels refuse before a device is asked. One that has learnt it is worth
+    measuring (benchmarks/training_step/README.md says it is not there)."""
+    from torch.autograd import forward_ad
+    attend, draw = getattr(torch.ops.aten, kernel), lambda: torch.empty(1, 2, 16, 32, device="meta", dtype=torch.float16)
+    more = () if kernel.endswith(("flash_attention", "math")) else (None, False)              # bias, statistics for a backward pass
+    with forward_ad.dual_level():
+        call = lambda: forward_ad.unpack_dual(attend(forward_ad.make_dual(draw(), draw()), draw(), draw(), *more)[0]).tangent
+        if kernel.endswith("math"):
+            assert call() is not None
+        else:
+            with pytest.raises(NotImplementedError, match="forward AD"):
+                call()

@@ -2,13 +2,18 @@
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from zoo import health
-from zoo.health import Health
+sys.path.insert(0, str(Path(__file__).parent.parent / "train_scripts"))
+import train_lcm  # noqa: E402
+
+from zoo import health  # noqa: E402
+from zoo.health import Health  # noqa: E402
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -289,6 +294,46 @@ def test_every_warning_has_a_remedy_on_one_line():
     for name in health.REMEDIES:
         text = str(health.HealthWarning(name, 7, "finding"))
         assert text.startswith(f"{name} (step 7): finding. Remedy: ") and "\n" not in text
+
+
+# -- frozen ---------------------------------------------------------------------------------------------
+
+
+def moving(monitor: Health, *sizes: float, start: int = 0, every: int = 60) -> list[tuple[int, str]]:
+    """Warnings of measurements of a student that is that far from where it began, in units of the teacher's spread."""
+    teacher, way = randn(6, 4, 3, 8, 8, seed=1), randn(6, 4, 3, 8, 8, seed=2)
+    x = 0.3 * randn(6, 4, 3, 8, 8, seed=3)
+    return [(step, n) for step, far in zip(range(start, 10**6, every), sizes) for n in names(monitor.moved(step, x + far * way, teacher))]
+
+
+def test_frozen_fires_on_the_second_still_measurement_after_the_warm_up():
+    monitor = Health()
+    assert moving(monitor, 0, 0, 0, 0, 0) == [(180, "frozen")]                  # the rule sleeps at 60; 120 and 180 are two in a row
+    assert monitor.active == {"frozen"}
+    assert moving(Health(), 0, 1e-4, 2e-4, 3e-4) == [(180, "frozen")]           # rounding is no movement
+
+
+def test_frozen_is_silent_on_slow_and_converging_students():
+    assert moving(Health(), 0, 0.002, 0.004, 0.006) == []                        # slow: a thirtieth of a usual grid's change
+    assert moving(Health(), 0, 0.3, 0.31, 0.31, 0.31) == []                      # it has arrived, and stays
+    assert moving(Health(), 0, 0, 0, 0.05) == []                                 # a long warm-up, then it goes
+    assert moving(Health(), 0, 0, every=10) == []                                # a run too short to say
+
+
+def test_frozen_starts_anew_in_a_resumed_process():
+    first, second = Health(), Health()
+    moving(first, 0, 0, 0, 0)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.active == {"frozen"} and moving(second, 0, 0.2, start=300) == [] and not second.active
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr, fires", [(0.0, True), (1e-3, False)])
+def test_a_run_that_does_not_learn_is_told_so(tmp_path, lr, fires):
+    train_lcm.main(train_lcm.Config(teacher="toy", output_dir=str(tmp_path), lr=lr, steps=150, batch=8, time_budget=0, sample_every=0, measure_every=50,
+                                    checkpoint_every=1000, mixed_precision="no", student_times=(1.0,)))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ("frozen" in [row.get("warning") for row in rows]) is fires
 
 
 def test_state_survives_a_resume():

@@ -233,6 +233,32 @@ def test_seeds_are_averaged_with_their_spread():
     assert [g[0]["who"] for g in pages.by_student(list(rows.values()))] == ["dmd", "meanflow", "untrained", "teacher", "meanflow"]
 
 
+def test_seconds_are_the_median_over_seeds():
+    waited = [entry("dmd", s, [row(1, 300.0)]) | {"job": JOB | {"training_seconds": took, "training_steps": took}} for s, took in ((0, 2655.5), (1, 150.0), (2, 130.0))]
+    found, = pages.average(pages.flat(waited))
+    assert found["training_seconds"] == (150.0, None) and found["training_steps"][0] == pytest.approx(978.5)
+    text = pages.markdown(waited, FACTS)
+    assert "| median seconds |" in text and "| 150 |" in text
+
+
+def test_ode_error_is_that_of_the_row_shown():
+    told = lambda *rows, kind="method": pages.markdown([entry("lcm", 0, list(rows), kind)], FACTS).split("nearest to real images:")[1].splitlines()[-1].split("|")[10].strip()
+    few, many = row(1, 900.0, "ode", 2, ode_error=6.85), row(50, 100.0, "ode", 100)
+    assert told(few, many, kind="teacher") == ""                                   # at its many steps it is the reference itself
+    assert told(few, row(2, 90.0, "ode", ode_error=1.25)) == "1.25" and told(row(1, 80.0, ode_error=4.2), row(4, 90.0)) == "4.20"
+    assert told(row(1, 800.0, ode_error=4.2), row(4, 90.0)) == ""
+
+
+def test_picture_labels_are_the_network_calls_of_its_halves():
+    guided = [entry("teacher", None, [row(k, 100.0 + k, "ode", 2 * k) for k in (1, 4, 50)], "teacher"), entry("unipc", None, [row(k, 90.0, "solver", 2 * k) for k in (4, 8)], "solver"),
+              entry("untrained", None, [row(k, 90.0) for k in (1, 4, 8)], "untrained"), entry("lcm", 0, [row(k, 90.0) for k in (1, 2, 4)]),
+              entry("tdm", 0, [row(4, 90.0, "ode")]), entry("arcflow", 0, [row(2, 90.0, "ode")])]
+    found = {label: halves for label, *halves in pages.strips(guided)}
+    assert set(found) == {"teacher: 100 calls", "teacher: 2 | 8 calls", "unipc: 8 | 16 calls", "untrained: 1 | 4 calls", "lcm renoise: 1 | 4 calls", "tdm ode: 4 calls", "arcflow ode: 2 calls"}
+    assert found["teacher: 2 | 8 calls"] == [("teacher", "ode", 1), ("teacher", "ode", 4)] and found["unipc: 8 | 16 calls"][1] == ("unipc", "solver", 8)
+    assert found["tdm ode: 4 calls"] == [None, ("tdm", "ode", 4)] and found["arcflow ode: 2 calls"] == [("arcflow", "ode", 2), None]
+
+
 def test_table_is_a_row_per_seed_and_count_and_an_error_is_a_row(tmp_path):
     pages.table(ENTRIES, tmp_path / "t.csv")
     rows = list(csv.DictReader(open(tmp_path / "t.csv")))
@@ -285,7 +311,8 @@ def test_students_beside_the_training_free_solvers():
 # ------------------------------------------------------------------------------------------------------- what is committed
 @pytest.fixture(scope="module")
 def committed():
-    return {facts["teacher"]: rows for _, rows, facts in pages.known(pages.HERE)}
+    """The boards of the small budget, which the pages speak of: {teacher: entries}."""
+    return {facts["teacher"]: rows for _, rows, facts in pages.known(pages.HERE) if facts["max_calls"] == 60_000}
 
 
 def test_the_tables_are_those_of_the_committed_rows(tmp_path):
@@ -295,6 +322,35 @@ def test_the_tables_are_those_of_the_committed_rows(tmp_path):
     for name, rows, _ in pages.known(pages.HERE):
         pages.table(rows, tmp_path / "t.csv")
         assert (tmp_path / "t.csv").read_text() == (pages.HERE / name / "leaderboard.csv").read_text(), name
+
+
+def test_every_method_of_a_plot_can_be_told_apart(committed):
+    """In one panel no two methods share colour and marker (ten of them), and every method stands in one panel."""
+    for rows in committed.values():
+        groups = pages.panels(pages.by_student(pages.average(pages.flat(rows))))
+        names = [{g[0]["who"] for g in group} for group in groups.values()]
+        assert all(len(n) <= 10 for n in names) and sum(map(len, names)) == len(set().union(*names)) == len({e["who"] for e in rows if e["kind"] == "method"})
+
+
+def test_drawings_are_those_of_the_committed_rows():
+    """`python benchmarks/leaderboard/pages.py` draws them again."""
+    from PIL import Image
+    for name, rows, _ in pages.known(pages.HERE):
+        drawn = pages.digest(pages.points(pages.by_student(pages.average(pages.flat(rows)))))
+        assert Image.open(pages.HERE / name / "plot.png").text["Drawn from"] == drawn, name
+    board = pages.HERE / curves.REFERENCE
+    entries = curves.load(board)
+    assert Image.open(ROOT / "docs/curves.png").text["Drawn from"] == pages.digest(curves.curves(entries))
+    assert f"<!-- curves:begin -->\n{curves.caption(entries, board)}\n<!-- curves:end -->" in (ROOT / "docs/symptoms.md").read_text(encoding="utf-8")
+
+
+def test_what_is_read_off_the_curves():
+    calls = [1, 2, 3]
+    series = {"lcm": {"measure/score": [[calls, [3.0, 2.0, 1.0]]] * 2}, "tdm": {"measure/score": [[calls, [1.0, 5.0, 2.0]], [calls, [3.0, 2.0, 1.0]]]},
+              "sid": {"measure/score": [[[1], [2.0]]]}, "meanflow": {"student/loss": [[calls, [0.9999, 1.0, 0.9999]]], "measure/score": [[calls, [3.0, 2.0, 1.0]]]}}
+    text = curves.reading(series)
+    assert "falls in every seed of 2 of 3 methods; it ends higher for `tdm` in 1 of 2 seeds." in text
+    assert "`sid`: so few updates" in text and "`meanflow`: the loss is constant" in text and "`lcm`" not in text
 
 
 def test_what_the_pages_say_of_the_boards_is_so(committed):
@@ -321,7 +377,7 @@ def test_what_the_pages_say_of_the_boards_is_so(committed):
     began, free = min(taught("untrained", c) for c in (1, 2, 4, 8)), min(r["kid_teacher"][0] for (_, _, c), r in mean["emoji"].items() if r["kind"] == "solver" and c == 8)
     for who, calls in (("reflow", (1, 2, 4)), ("arcflow", (2,)), ("flow_map", (1, 2, 4)), ("tscd", (4,)), ("split_meanflow", (4,)), ("dmd_pairs", (1,))):
         assert all(taught(who, c) < min(began, free) for c in calls), who
-    for who in ("dmd", "sid", "rcm", "ladd", "swiftbrush"):
+    for who in ("dmd", "sid", "rcm", "swiftbrush"):
         assert all(taught(who, c) > taught("untrained", c) for c in (1, 2, 4) if taught(who, c) < math.inf), who
     learned = {e["who"] for e in committed["emoji"] if e["family"] == "trajectory"} | {"dmd_pairs"}
     assert sum(any(taught(w, c) < min(began, free) for c in (1, 2, 4)) for w in learned) > len(learned) / 2
@@ -531,10 +587,12 @@ def test_symptoms_name_every_warning_and_only_flags_that_exist():
 
 
 # ------------------------------------------------------------------------------------------------------- what stands beside the boards
-def test_every_image_method_has_a_line_about_its_papers_number():
+def test_every_method_has_a_line_about_its_papers_number():
     with open(ROOT / "benchmarks/leaderboard/paper_numbers.csv", encoding="utf-8", newline="") as file:
         rows = {r["method"]: r for r in csv.DictReader(file)}
-    assert set(rows) == {m.name for m in registry.METHODS if m.modality == "image"}
+    assert set(rows) == {m.name for m in registry.METHODS}
+    told = pages.tables(pages.HERE)["benchmarks/leaderboard/README.md", "papers"]
+    assert all(f"\n| {name} | " in told for name in rows)
     for row in rows.values():
         assert row["source"] and bool(row["metric"]) == bool(row["value"]) == bool(row["dataset"]) == bool(row["calls"]), row
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "train_scripts")]
@@ -15,6 +16,7 @@ from tiny import TINY, tiny_pixel, tiny_sd  # noqa: E402
 
 from zoo import registry  # noqa: E402
 from zoo.hub.card import lint  # noqa: E402
+from zoo.run import Run  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,70 @@ def test_life(world, tmp_path, name, family, lora):
             pipe(**call)                                    # 50 steps: refused by the stock scheduler, not sampled wrongly
     second = script.main(dataclasses.replace(cfg, steps=1, output_dir=str(tmp_path / "second"), init_student=str(student), report_to="none"))
     assert json.loads((tmp_path / "second/student/fewstep.json").read_text())["student"]["chain"] and second.step == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- killed, resumed
+class Killed(BaseException):
+    """Nothing catches it to save or to tidy up: what is left of the run is what lies on the disk."""
+
+
+# What makes a script's state rich: critics with a head, averages, phases and warm-ups that the kill falls into.
+RICH: dict[str, dict] = {
+    "dmd": dict(gan=0.01), "tscd": dict(gan=0.1, stage_steps=2),
+    "split_meanflow": dict(target_decay=0.9), "progressive": dict(guided_steps=1, first=4, last=2, phase_steps=3, ema=0.9),
+    "rcm": dict(dmd_after=1), "ladd": dict(easy_steps=4), "dmd_pairs": dict(pairs=20, pair_steps=2), "reflow": dict(pairs=20, pair_steps=2),
+    "sdtt": dict(teacher="toy", guidance=0.0, first=8, last=2, round_steps=3),
+}
+
+
+def everything(run) -> dict[str, torch.Tensor]:
+    """All that training has moved: parameters of every trainee, averages, optimiser states, counters."""
+    found = {"counters": torch.tensor([run.step, run.tick, *(t.updates for t in run.trainees.values())])}
+    for name, t in run.trainees.items():
+        found |= {f"{name}/{n}": p.detach() for n, p in t.params.items()}
+        found |= {f"{name}/average {i}/{n}": v for i, (_, values) in enumerate(t.averages) for n, v in values.items()}
+        for n, p in t.own.items():
+            found |= {f"{name}/{key}/{n}": torch.as_tensor(v) for key, v in t.optimizer.state.get(p, {}).items()}
+    return found
+
+
+def contents(file: Path) -> dict:
+    """Tensors as bytes, and metadata, whose order in the file is the library's own."""
+    with safe_open(file, "pt") as f:
+        return {"": f.metadata()} | {k: f.get_tensor(k).numpy().tobytes() for k in f.keys()}
+
+
+# Self Forcing's is in tests/methods/test_self_forcing.py, on a tiny pipeline of its own.
+@pytest.mark.parametrize("name, lora", [(m.name, 0) for m in registry.methods() if m.modality != "video"] + [(n, 4) for n in ("dmd", "meanflow", "rcm", "tscd", "swiftbrush")])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, lora):
+    """Left in the middle of step 3, after some of its networks have moved, with the checkpoint of step 2 on the disk: a new `main` goes on from there
+    and ends where the run that nothing stopped ends. (test_run.py kills real processes, of three scripts.)"""
+    from zoo import plan
+    from zoo.backbones.toy import Toy
+    script = importlib.import_module(f"train_{name}")
+    monkeypatch.setattr(plan, "_activations", lambda *_: 0)  # an estimate of memory, which collects garbage
+    flags = dict(batch=8, steps=5, guidance=2.0, checkpoint_every=2, time_budget=0, measure_every=0, sample_every=0, mixed_precision="no")
+    flags |= RICH.get(name, {}) | ({"lora": lora} if lora else {})
+    cfg = lambda folder: script.Config(output_dir=str(tmp_path / folder), **{"teacher": Toy(fit_steps=0, width=32)} | flags)
+    whole = script.main(cfg("whole"))
+    minimize = Run.minimize
+    def dies(run, *args):
+        minimize(run, *args)
+        if run.step == 3:
+            raise Killed
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "minimize", dies)
+        with pytest.raises(Killed):
+            script.main(cfg("killed"))
+    assert [p.name for p in (tmp_path / "killed/checkpoints").iterdir()] == ["step-0000002"] and not (tmp_path / "killed/student").exists()
+    torch.manual_seed(12345)                                 # a new process has another global generator
+    resumed = script.main(cfg("killed"))
+    a, b = everything(whole), everything(resumed)
+    assert a.keys() == b.keys() and not [k for k in a if not torch.equal(a[k], b[k])]
+    trained = [t for t in resumed.trainees.values() if t.updates]
+    assert trained and all(any("/exp_avg_sq/" in k and k.startswith(f"{t.name}/") and a[k].any() for k in a) for t in trained)
+    left = [sorted(p for p in (tmp_path / folder / "student").rglob("*.safetensors")) for folder in ("whole", "killed")]
+    assert left[0] and all(contents(p) == contents(q) for p, q in zip(*left, strict=True))
 
 
 def test_checkpointed_gradients_equal_plain_ones_with_roles_interleaved(world):

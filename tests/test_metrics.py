@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,36 @@ def test_perceptual_grows_with_damage_and_has_a_gradient():
     y = blur(x, 3).requires_grad_()
     metrics.perceptual(x, y).sum().backward()
     assert y.grad.norm() > 0
+
+
+def test_perceptual_is_lpips_where_package_and_weights_are_installed(tmp_path, monkeypatch):
+    """A stand-in for the package: it is used only beside its weights' file, and nothing else is asked for."""
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "vgg"
+            self.weight = torch.nn.Parameter(torch.tensor(7.0))
+
+        def forward(self, x, y):
+            assert x.shape == (2, 3, 96, 96) and not self.weight.requires_grad
+            return self.weight * (x - y).square().mean((1, 2, 3), keepdim=True)
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    metrics.lpips_network.cache_clear()
+    try:
+        assert metrics.perceptual_name() == "perceptual_efflite0"                  # no weights: nothing is downloaded
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "vgg16-397923af.pth").touch()
+        metrics.lpips_network.cache_clear()
+        assert metrics.perceptual_name() == "lpips_vgg"
+        x, y = torch.zeros(2, 1, 28, 28), torch.full((2, 1, 28, 28), 0.5).requires_grad_()
+        found = metrics.perceptual(x, y)
+        assert torch.allclose(found, torch.full((2,), 7 * 0.25)) and torch.autograd.grad(found.sum(), y)[0].norm() > 0
+        monkeypatch.setitem(sys.modules, "lpips", None)                            # weights without the package
+        metrics.lpips_network.cache_clear()
+        assert metrics.perceptual_name() == "perceptual_efflite0"
+    finally:
+        metrics.lpips_network.cache_clear()
 
 
 # -- retrieval, labels, diversity, time -----------------------------------------------------------------

@@ -9,7 +9,8 @@ from zoo import backbones
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(p for folder in ("benchmarks", "docs", "model_cards", "spaces", "zoo") for p in (ROOT / folder).rglob("*.md"))])
 # Pictures on pages: whose images they show or imitate. A picture that is not here fails the test below.
-NOTICES = {"emoji": ("Noto Emoji", "Twemoji", "Fluent Emoji", "Apache-2.0", r"CC[- ]BY[- ]4\.0", "MIT"), "fashion": ("Fashion-MNIST", "Zalando", "MIT")}
+NOTICES = {"emoji": ("Noto Emoji", "Twemoji", "Fluent Emoji", "Apache-2.0", r"CC[- ]BY[- ]4\.0", "MIT"), "fashion": ("Fashion-MNIST", "Zalando", "MIT"),
+           "avatars": ("DiceBear", "CC0"), "cifar10": ("CIFAR-10", "Krizhevsky")}
 SHOWN = {"docs/quickstart.png": "emoji", "docs/quickstart-fashion.png": "fashion", "docs/space.png": "emoji", "docs/downstream.png": "emoji",
          "benchmarks/teacher/grid.png": "emoji", "benchmarks/teacher/grid_smileys.png": "emoji"}
 PLOTS = {"docs/curves.png"}

@@ -40,7 +40,7 @@ def a_run(out, rank=0, world=1, wait=lambda: None, dry_run=False, seed=0):
     label = torch.arange(10) % 4
     items = Source(10, lambda i: {"cond": {"label": label[i]}, "uncond": {"label": torch.full_like(i, 4)}})
     return SimpleNamespace(out=Path(out), rank=rank, world=world, device="cpu", cfg=SimpleNamespace(seed=seed, dry_run=dry_run),
-                           model=SimpleNamespace(batches=lambda: items, shape=(2,)),
+                           model=SimpleNamespace(batches=lambda: items, shape=(2,), name="ring", module=torch.nn.Identity()),
                            accelerator=SimpleNamespace(autocast=contextlib.nullcontext, wait_for_everyone=wait))
 
 
@@ -139,9 +139,10 @@ def test_huber_is_a_norm_far_out_and_a_square_near():
 
 @pytest.mark.skipif(not efflite0.available(), reason="needs fewstep[metrics]")
 @pytest.mark.parametrize("family,make_teacher", [("sd", tiny_sd), ("pixel", tiny_pixel)])
-def test_perceptual_distance_has_a_gradient_through_the_decoder(tmp_path, family, make_teacher):
+def test_perceptual_distance_has_a_gradient_through_the_decoder(tmp_path, family, make_teacher, capsys):
     model = backbones.load(str(make_teacher(tmp_path / family)))
     d = pairs.distance(model, "perceptual")
+    assert "perceptual distance: perceptual_efflite0" in capsys.readouterr().err
     y = 0.3 * torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0))
     x = (y + 0.3 * torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
     far = d(x, y)

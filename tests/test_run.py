@@ -173,6 +173,8 @@ def test_batches_are_indexed_by_global_sample():
     half = Batch({}, (3,), (1, 5), 8, slice(4, 8), "cpu")
     for draw in ("randn", "rand", "randn"):
         assert torch.equal(getattr(whole, draw)()[4:], getattr(half, draw)())
+    again, first = half.whole(), Batch({}, (3,), (1, 5), 8, slice(0, 8), "cpu")              # what all ranks drew, from the first draw on
+    assert all(torch.equal(again.rand(2), first.rand(2)) for _ in range(2)) and half._count == 3
     index = _epoch_indices(10, torch.arange(30), 3)
     assert all(sorted(index[i:i + 10].tolist()) == list(range(10)) for i in (0, 10, 20))
     assert index[:10].tolist() != index[10:20].tolist()

@@ -1,10 +1,12 @@
 """What makes steps faster without changing them: fused optimisers, and batches that are read ahead."""
+import importlib
+
 import pytest
 import torch
 
 import train_dmd
 import train_lcm
-from zoo import optimizers
+from zoo import critics, losses, optimizers
 from zoo.backbones import Source
 from zoo.backbones.toy import Toy
 from zoo.data.ahead import Ahead, pinned
@@ -171,20 +173,23 @@ def test_batches_lie_in_pinned_memory():
     assert fields["cond"]["prompt"].is_pinned() and fields["x0"].is_cuda and fields["name"] == "n"
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_shared_sample_saves_one_sampling_and_is_the_students(tmp_path, monkeypatch, accumulate):
-    """DMD: the critic's first update trains on what the student's loss saw, with fresh noise, and no network is called for it again."""
-    calls, seen = {}, {"student": [], "critic": []}
-    along, denoising = train_dmd.losses.along, train_dmd.critics.denoising
-    monkeypatch.setattr(train_dmd.losses, "along", lambda x, d: seen["student"].append(x.detach().clone()) or along(x, d))
-    monkeypatch.setattr(train_dmd.critics, "denoising", lambda fake, x, eps, *a: seen["critic"].append((x.detach().clone(), eps)) or denoising(fake, x, eps, *a))
+@pytest.mark.parametrize("name, accumulate", [("dmd", 1), ("dmd", 2), ("dmd_pairs", 1), ("swiftbrush", 2)])
+def test_a_shared_sample_saves_one_sampling_and_is_the_students(tmp_path, monkeypatch, name, accumulate):
+    """The critic's first update trains on what the student's loss saw, with fresh noise, and no network is called for it again."""
+    script = importlib.import_module(f"train_{name}")
+    options = {"dmd": dict(student_times=(1.0,), critic_updates=2), "dmd_pairs": dict(pairs=16, pair_steps=1), "swiftbrush": {}}[name]
+    updates, calls, seen = options.get("critic_updates", 1), {}, {"student": [], "critic": []}
+    along, denoising = losses.along, critics.denoising
+    monkeypatch.setattr("zoo.watch.Watcher.finish", lambda self: None)
+    monkeypatch.setattr(losses, "along", lambda x, d: seen["student"].append(x.detach().clone()) or along(x, d))
+    monkeypatch.setattr(critics, "denoising", lambda fake, x, eps, *a: seen["critic"].append((x.detach().clone(), eps)) or denoising(fake, x, eps, *a))
     for share in (False, True):
         for kept in seen.values():
             kept.clear()
-        run = train_dmd.main(train_dmd.Config(teacher="toy", steps=3, batch=16, accumulate=accumulate, student_times=(1.0,), critic_updates=2,
-                                              share_sample=share, time_budget=0, measure_every=0, sample_every=0, output_dir=str(tmp_path / f"{share}")))
+        run = script.main(script.Config(teacher=Toy(fit_steps=0), steps=3, batch=16, accumulate=accumulate, share_sample=share, time_budget=0, measure_every=0,
+                                        sample_every=0, output_dir=str(tmp_path / f"{share}"), **options))
         calls[share] = run.calls
-        firsts = [x for at in range(0, len(seen["critic"]), 2 * accumulate) for x, _ in seen["critic"][at: at + accumulate]]
+        firsts = [x for at in range(0, len(seen["critic"]), updates * accumulate) for x, _ in seen["critic"][at: at + accumulate]]
         assert len(firsts) == len(seen["student"]) == 3 * accumulate
         assert all(torch.equal(a, b) for a, b in zip(firsts, seen["student"])) == share
         noises = [eps for _, eps in seen["critic"]]

@@ -1,4 +1,4 @@
-"""What the emoji scripts share: reading the set, the teacher's stock parts, saving, and Muon."""
+"""What the emoji scripts share: reading the set (or that of `make_avatars.py`), the teacher's stock parts, saving, and Muon."""
 from __future__ import annotations
 
 import os
@@ -8,20 +8,30 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
+from PIL.Image import Resampling
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from make_avatars import split_of
+
 LENGTH = 16  # tokens of every prompt, with start and end
+SIDE = 64  # pixels of a picture
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_images(path: Path) -> tuple[Tensor, dict[str, list[str]]]:
-    """All images as a uint8 tensor [N, 3, 64, 64], and the other columns as lists."""
+    """All images as a uint8 tensor [N, 3, 64, 64], and the other columns as lists.
+
+    Images of another size are scaled as `zoo.data` scales them for the students; a set without a column `split` is avatars."""
     table = load_dataset("parquet", data_files=str(path), split="train")
-    images = torch.stack([torch.frombuffer(bytearray(p.convert("RGB").tobytes()), dtype=torch.uint8)
-                          .view(p.height, p.width, 3).permute(2, 0, 1) for p in table["image"]])
-    return images, {name: table[name][:] for name in table.column_names if name != "image"}
+    sized = (p.convert("RGB") if p.size == (SIDE, SIDE) else p.convert("RGB").resize((SIDE, SIDE), Resampling.LANCZOS)
+             for p in table["image"])
+    images = torch.stack([torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8)
+                          .view(SIDE, SIDE, 3).permute(2, 0, 1) for p in sized])
+    columns = {name: table[name][:] for name in table.column_names if name != "image"}
+    return images, {"split": [split_of(caption) for caption in columns["caption"]]} | columns
 
 
 def to_unit(images: Tensor) -> Tensor:

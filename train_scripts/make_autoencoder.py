@@ -1,6 +1,7 @@
 """Train the emoji teacher's autoencoder: AutoencoderKL, 64x64x3 -> 16x16x4, whitened latents.
 
     nice -n 10 python train_scripts/make_autoencoder.py --minutes 12 --decoder-minutes 20
+    ... --data zoo/assets/avatars/avatars.parquet --out runs/avatars/vae --log runs/avatars/vae.jsonl     # one for avatars
 
 First encoder and decoder are trained together (L1 + L1 of image gradients + a small KL). Then the affine map
 that gives the latents zero mean and identity covariance is folded into the two 1x1 convolutions `quant_conv`
@@ -20,7 +21,7 @@ import tyro
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 
-from emoji_parts import encode_all, load_images, save_atomically, to_unit
+from emoji_parts import DEVICE, encode_all, load_images, save_atomically, to_unit
 
 
 @dataclass
@@ -71,8 +72,8 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 
 def train(vae: AutoencoderKL, images: torch.Tensor, cfg: Config, minutes: float, phase: str) -> None:
-    parameters = [p for p in vae.parameters() if p.requires_grad]
     latents = encode_all(vae, images) if phase == "decoder" else None
+    parameters = [p for p in vae.to(DEVICE).parameters() if p.requires_grad]
     ema = EMAModel(parameters, decay=cfg.ema)
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr, betas=(0.9, 0.95))
     start, step = time.time(), 0
@@ -80,10 +81,10 @@ def train(vae: AutoencoderKL, images: torch.Tensor, cfg: Config, minutes: float,
         lr = cfg.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = lr
         picked = torch.randint(len(images), (cfg.batch,))
-        target = to_unit(images[picked])
-        with torch.autocast("cpu", torch.bfloat16):
+        target = to_unit(images[picked]).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
             if phase == "decoder":
-                output, kl = vae.decode(latents[picked]).sample, torch.zeros(())
+                output, kl = vae.decode(latents[picked].to(DEVICE)).sample, torch.zeros((), device=DEVICE)
             else:
                 posterior = vae.encode(target).latent_dist
                 output, kl = vae.decode(posterior.sample()).sample, posterior.kl().mean() / (4 * 16 * 16)
@@ -101,6 +102,7 @@ def train(vae: AutoencoderKL, images: torch.Tensor, cfg: Config, minutes: float,
             with open(cfg.log, "a") as file:
                 file.write(json.dumps(record) + "\n")
     ema.copy_to(parameters)
+    vae.cpu()
 
 
 def main(cfg: Config) -> None:

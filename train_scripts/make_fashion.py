@@ -3,12 +3,15 @@
     repeat  x_t = alpha_t x0 + sigma_t eps;   min over v of  | v(x_t, t, class) - (alpha_t eps - sigma_t x0) |^2
 
 with a variance-preserving table rescaled to zero terminal signal-to-noise ratio (Lin et al. 2023,
-https://arxiv.org/abs/2305.08891) and one label in ten dropped to the null class 10 for guidance (Ho and
+https://arxiv.org/abs/2305.08891) and one label in ten dropped to a null class after the last for guidance (Ho and
 Salimans 2022, https://arxiv.org/abs/2207.12598). The 28x28 images are padded to 32x32 with black. The result is
-a stock diffusers folder, loadable without this package.
+a stock diffusers folder, loadable without this package. With --images it is the same teacher, in colour, of other
+labelled pictures, brought to 32x32.
 
     python train_scripts/make_fashion.py --minutes 20                  # CPU; resumes runs/make_fashion
     python train_scripts/make_fashion.py --data folder/of/idx-gz-files # else Debian's package, else the Hub
+    python train_scripts/make_fashion.py --images 'cifar10/train.parquet?image=img' --width 128 --batch 128 --minutes 240 \\
+        --out runs/cifar10/teacher --run runs/cifar10/run --log runs/cifar10/teacher.jsonl
 """
 from __future__ import annotations
 
@@ -24,15 +27,17 @@ import tyro
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from zoo import data
 from zoo.data.fashion_mnist import arrays
-
-NULL = 10
+from zoo.errors import UserError
 
 
 @dataclass
 class Config:
     data: str | None = None
     """Folder of the idx .gz files; when absent Debian's package folder, then the Hub."""
+    images: str | None = None
+    """Other labelled pictures: a folder of class subfolders, or a parquet file with image and label."""
     out: str = "zoo/assets/fashion/teacher"
     run: str = "runs/make_fashion"
     """Checkpoint folder; an existing checkpoint is resumed."""
@@ -48,11 +53,23 @@ class Config:
     seed: int = 0
 
 
-def build(width: int) -> UNet2DModel:
+def read(cfg: Config) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Pictures, uint8 [N, 1 or 3, 32, 32], their labels [N], and how many classes there are."""
+    if cfg.images is None:
+        images, labels = (torch.from_numpy(a.copy()) for a in arrays("train", cfg.data))
+        return F.pad(images.unsqueeze(1), (2, 2, 2, 2)), labels.long(), 10
+    pixels, table = data.load(cfg.images, 32, 3)
+    labels = list(table["label"]) if "label" in table.column_names else []
+    if not labels or not all(isinstance(i, int) and i >= 0 for i in labels):
+        raise UserError(f"{cfg.images} has no class numbers: give a folder of class subfolders, or a parquet file with a column label")
+    return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor(labels), max(labels) + 1
+
+
+def build(width: int, channels: int, classes: int) -> UNet2DModel:
     return UNet2DModel(
-        sample_size=32, in_channels=1, out_channels=1, block_out_channels=(width, 2 * width, 2 * width),
+        sample_size=32, in_channels=channels, out_channels=channels, block_out_channels=(width, 2 * width, 2 * width),
         layers_per_block=1, down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3,
-        add_attention=False, norm_num_groups=8, num_class_embeds=NULL + 1,
+        add_attention=False, norm_num_groups=8, num_class_embeds=classes + 1,
     )
 
 
@@ -64,8 +81,8 @@ def table() -> DDIMScheduler:
     )
 
 
-def save(cfg: Config, ema: dict, scheduler: DDIMScheduler) -> None:
-    net = build(cfg.width)
+def save(cfg: Config, ema: dict, scheduler: DDIMScheduler, channels: int, classes: int) -> None:
+    net = build(cfg.width, channels, classes)
     net.load_state_dict(ema)
     ConsistencyModelPipeline(unet=net.half(), scheduler=scheduler).save_pretrained(cfg.out)  # 2 MB
 
@@ -73,8 +90,10 @@ def save(cfg: Config, ema: dict, scheduler: DDIMScheduler) -> None:
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images, labels = (torch.from_numpy(a.copy()) for a in arrays("train", cfg.data))
-    net = build(cfg.width).to(device).train()
+    if cfg.data and cfg.images:
+        raise UserError("--data is a folder of Fashion-MNIST's files and --images other pictures: give one of them")
+    images, labels, null = read(cfg)
+    net = build(cfg.width, images.shape[1], null).to(device).train()
     opt = torch.optim.Adam(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99))
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
     scheduler = table()
@@ -100,7 +119,7 @@ def main(cfg: Config) -> None:
         new = checkpoint.with_suffix(".new")
         save_file(flat | {"step": torch.tensor(step), "seconds": torch.tensor(seconds)}, new)
         new.replace(checkpoint)
-        save(cfg, ema, scheduler)
+        save(cfg, ema, scheduler, images.shape[1], null)
 
     Path(cfg.log).parent.mkdir(parents=True, exist_ok=True)
     # a resumed run trains what came after its checkpoint again, so those lines go
@@ -112,8 +131,8 @@ def main(cfg: Config) -> None:
     while (seconds := before + time.monotonic() - start) < total:
         g = torch.Generator().manual_seed(cfg.seed * 2**31 + step)  # every draw is a function of (seed, step)
         pick = torch.randint(len(images), (cfg.batch,), generator=g)
-        x0 = F.pad(images[pick].unsqueeze(1).float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
-        label = labels[pick].long().masked_fill(torch.rand(cfg.batch, generator=g) < cfg.drop, NULL)
+        x0 = images[pick].float() / 127.5 - 1
+        label = labels[pick].masked_fill(torch.rand(cfg.batch, generator=g) < cfg.drop, null)
         t, eps = torch.randint(1000, (cfg.batch,), generator=g), torch.randn(x0.shape, generator=g)
         a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
         xt, v = (a * x0 + s * eps).to(device), (a * eps - s * x0).to(device)
@@ -145,4 +164,7 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -11,6 +11,12 @@ diffusers folder in half precision, replaced at every export.
 
     nice -n 10 python train_scripts/make_teacher.py --minutes 90  # CPU; the same line resumes
     ... --init zoo/assets/emoji/teacher --vae zoo/assets/emoji/teacher/vae     # trains the shipped one further
+
+On avatars it is the same teacher, whose captions name every attribute; one combination in five is held out. The emoji's autoencoder
+loses their small features, so train one first (`make_autoencoder.py`, the same --data):
+
+    python train_scripts/make_teacher.py --data zoo/assets/avatars/avatars.parquet --vae runs/avatars/vae --out runs/avatars/teacher \\
+        --checkpoint runs/avatars/teacher.safetensors --log runs/avatars/teacher.jsonl
 """
 from __future__ import annotations
 
@@ -30,6 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import emoji_parts as parts
+from zoo.errors import UserError
 
 
 @dataclass
@@ -92,7 +99,7 @@ def restore(path: Path, parameters, average, optimizers) -> tuple[int, float]:
             (p.data if name == "value" else average[int(i)]).copy_(value)
         else:
             owner = next(o for o in optimizers if any(p is q for q in o.param_groups[0]["params"]))
-            owner.state[p][name] = value
+            owner.state[p][name] = value.to(p.device)
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"]), float(file.metadata()["seconds"])
 
@@ -100,20 +107,23 @@ def restore(path: Path, parameters, average, optimizers) -> tuple[int, float]:
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.threads)
+    device = parts.DEVICE
     for path in (cfg.log, cfg.checkpoint, cfg.out):
         path.parent.mkdir(parents=True, exist_ok=True)
     images, columns = parts.load_images(cfg.data)
+    if cfg.emphasis != 1 and "group" not in columns:
+        raise UserError(f"--emphasis {cfg.emphasis:g}: {cfg.data} has no groups, as the emoji have: leave it out")
     rows = [i for i, split in enumerate(columns["split"]) if split == "train"]
-    latents = parts.encode_all(AutoencoderKL.from_pretrained(cfg.vae), images[rows])
+    latents = parts.encode_all(AutoencoderKL.from_pretrained(cfg.vae), images[rows]).to(device)
     tokenizer = parts.make_tokenizer(columns["caption"])
     texts = ["", *(columns["caption"][i] for i in rows)]
     empty, tokens = tokenizer(texts, padding="max_length", max_length=parts.LENGTH,
-                              return_tensors="pt").input_ids.split([1, len(rows)])
-    weights = torch.tensor([cfg.emphasis if columns["group"][i] == "smileys" else 1.0 for i in rows])
+                              return_tensors="pt").input_ids.to(device).split([1, len(rows)])
+    weights = torch.tensor([cfg.emphasis if cfg.emphasis != 1 and columns["group"][i] == "smileys" else 1.0 for i in rows])
     scheduler = parts.make_scheduler()
-    alpha, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+    alpha, sigma = (x.sqrt().to(device) for x in (scheduler.alphas_cumprod, 1 - scheduler.alphas_cumprod))
 
-    net = torch.nn.ModuleDict({"unet": parts.make_unet(), "text": parts.make_text_encoder(tokenizer)})
+    net = torch.nn.ModuleDict({"unet": parts.make_unet(), "text": parts.make_text_encoder(tokenizer)}).to(device)
     parameters = list(net.parameters())
     hidden, others = parts.split_parameters(net)
     optimizers = {parts.Muon(hidden, cfg.lr): cfg.lr * cfg.muon,
@@ -141,12 +151,12 @@ def main(cfg: Config) -> None:
         for optimizer, lr in optimizers.items():
             warm = min(1.0, (step + 1) / 200)
             optimizer.param_groups[0]["lr"] = lr * warm * (1 - math.cos(math.pi * fall)) / 2
-        picked = torch.multinomial(weights, cfg.batch)
-        t = torch.randint(1000, (cfg.batch,))
-        z0, eps = latents[picked], torch.randn(cfg.batch, 4, 16, 16)
+        picked = torch.multinomial(weights, cfg.batch).to(device)
+        t = torch.randint(1000, (cfg.batch,)).to(device)
+        z0, eps = latents[picked], torch.randn(cfg.batch, 4, 16, 16).to(device)
         a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
-        ids = torch.where(torch.rand(cfg.batch, 1) < cfg.drop, empty, tokens[picked])
-        with torch.autocast("cpu", torch.bfloat16):
+        ids = torch.where(torch.rand(cfg.batch, 1).to(device) < cfg.drop, empty, tokens[picked])
+        with torch.autocast(device, torch.bfloat16):
             v = unet(a * z0 + s * eps, t, net["text"](ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), a * eps - s * z0)
         net.zero_grad()
@@ -175,4 +185,7 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

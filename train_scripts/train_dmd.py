@@ -35,10 +35,19 @@ from zoo.run import Run, RunConfig, cli
 class Config(RunConfig):
     method: ClassVar[str] = "dmd"
     recipes: ClassVar[dict] = {
-        "sd15": dict(source="Yin et al. 2024, App.; official SD1.5 script", batch=2048, lr=1e-5, critic_lr=1e-5, critic_updates=10,
-                     gan=1e-3, guidance=1.75, student_times=(1.0,), share_sample=True, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=40000),
+        # The scripts in tianweiy/DMD2 experiments/: 64 GPUs x 32 and x 2. Their iterations train the critic each time and the student in one of 10 or 5
+        # (39,000, 2,000 and 19,000 of them), steps are student updates; their warm-up, counted once per GPU, is over after 8 iterations and left out.
+        "sd15": dict(source="Yin et al. 2024; official script laion6.25_sd_baseline_8node_guidance1.75_lr1e-5_seed10_dfake10_from_scratch.sh",
+                     batch=2048, lr=1e-5, critic_lr=1e-5, critic_updates=10, guidance=1.75, student_times=(1.0,), share_sample=True,
+                     betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=3900),
+        "sd15-gan": dict(source="Yin et al. 2024; its continuation with a GAN, ..._lr5e-7_seed10_dfake10_diffusion1000_gan1e-3_noode_resume_fixdata.sh: give "
+                                "--init_student", batch=2048, lr=5e-7, critic_lr=5e-7, critic_updates=10, gan=1e-3, guidance=1.75, student_times=(1.0,),
+                         share_sample=True, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=200),
         "sdxl-4step": dict(source="Yin et al. 2024, Sec. 5.2; official SDXL script", batch=128, lr=5e-7, critic_lr=5e-7, critic_updates=5,
-                           gan=5e-3, guidance=8.0, share_sample=True, warmup=500, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=19000),
+                           gan=5e-3, guidance=8.0, share_sample=True, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=3800),
+        "sdxl-4step-lora": dict(source="DMD2, official SDXL LoRA script ..._lr5e-5_denoising4step_..._scratch_lora.sh (its critic has full weights, its LoRA "
+                                       "counts an eighth: alpha 8; its length is not published)", batch=128, lr=5e-5, critic_lr=5e-5, critic_updates=5,
+                                gan=5e-3, guidance=8.0, share_sample=True, lora=64, betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0),
     }
     steps: int = 1000
     time_budget: float = 150.0

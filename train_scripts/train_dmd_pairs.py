@@ -11,10 +11,11 @@ CVPR 2024 -- https://arxiv.org/abs/2311.18828
     The gradient of the Kullback-Leibler divergence matches the distributions; the regression keeps every mode.
 
 Departures from the paper: d is the mean square in the student's own space by default; --metric perceptual is the
-paper's LPIPS with the blocks of another network (EfficientNet-Lite0, no learnt weights), on decoded samples at 96 pixels;
+paper's LPIPS with the blocks of another network (EfficientNet-Lite0, no learnt weights; LPIPS where installed), on decoded samples at 96 pixels;
 the critic's denoising loss is a v-MSE, finite at both ends of zero-terminal-SNR schedules; the critic steps first, on samples
-of its own; the pairs come from DDIM (the paper: Heun, PNDM); the student is averaged (EMA). The default is the quick start:
-batch 32, a few hundred pairs, no first moment in Adam, larger rates; the recipe is the paper's.
+of its own (--share_sample, set in the recipe: second, on the student's, as in the paper's Alg. 1); the pairs come from DDIM
+(the paper: Heun, PNDM); the student is averaged (EMA). The default is the quick start: batch 32, a few hundred pairs, no first
+moment in Adam, larger rates; the recipe is the paper's.
 
     accelerate launch train_scripts/train_dmd_pairs.py                                 # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_dmd_pairs.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --data prompts.txt --recipe sd15
@@ -37,7 +38,7 @@ class Config(RunConfig):
     method: ClassVar[str] = "dmd_pairs"
     recipes: ClassVar[dict] = {
         "sd15": dict(source="Yin et al. 2023, Sec. 4 and App. (batch 2304, lr 1e-5, w = 3, 20K steps, 500K pairs of 50 sampling steps, LPIPS)",
-                     batch=2304, lr=1e-5, critic_lr=1e-5, guidance=3.0, regression=0.25, metric="perceptual", pairs=500_000, pair_steps=50,
+                     batch=2304, lr=1e-5, critic_lr=1e-5, guidance=3.0, regression=0.25, metric="perceptual", pairs=500_000, pair_steps=50, share_sample=True,
                      betas=(0.9, 0.999), weight_decay=0.01, time_budget=0.0, steps=20_000),
     }
     steps: int = 1000
@@ -50,6 +51,7 @@ class Config(RunConfig):
     pairs_dir: str = ""                    # a store of make_pairs.py to read instead
     regression: float = 0.25               # lambda, weight of the regression on the pairs
     metric: Literal["mse", "perceptual"] = "mse"    # its distance d
+    share_sample: bool = False             # the critic trains on the student's sample: one sampling less
     t_min: float = 0.02                    # range of the student's renoising times
     t_max: float = 0.98
 
@@ -78,14 +80,19 @@ def main(cfg: Config) -> Run:
         return G(rollout.start(process, z, t), t, cond)
 
     def critic_loss(batch):
-        with torch.no_grad():
-            x = generate(batch.randn(), batch.cond)
+        x = getattr(batch, "made", None)
+        if x is None:
+            with torch.no_grad():
+                x = generate(batch.randn(), batch.cond)
         t = batch.rand().clamp(min=1e-3) * process.t_max
         loss = critics.denoising(fake, x, batch.randn(), t, batch.cond)
         return {"loss": loss, "denoising": loss}
 
     def student_loss(batch):
         x = generate(batch.randn(), batch.cond)
+        if cfg.share_sample:
+            batch.made = x.detach()
+            shared.append(batch)
         t = times.uniform(batch.rand(), cfg.t_min, cfg.t_max) * process.t_max
         x_t = process.noise(x, batch.randn(), t)
         direction, health = matching_direction(x, x_t, t, batch.cond, batch.uncond, real, fake, model.guidance)
@@ -93,8 +100,12 @@ def main(cfg: Config) -> Run:
         return {"loss": losses.along(x, direction) + cfg.regression * regression, "regression": regression, **health}
 
     for _ in run.loop():
-        run.minimize(fake, critic_loss, data)
-        run.minimize(G, student_loss, data)
+        shared = []
+        if cfg.share_sample:
+            run.minimize(G, student_loss, data)
+        run.minimize(fake, critic_loss, shared or data)
+        if not cfg.share_sample:
+            run.minimize(G, student_loss, data)
     return run
 
 

@@ -15,9 +15,10 @@ Departures from the paper: the loss is softplus, steadier here (--adversarial hi
 share t and noise; the heads see neither t nor the pooled prompt, which the teacher's features carry, but are told s: else only
 the mixture of samples over all s is matched, and the late times drift; features are those of a UNet's down and middle blocks,
 where the pass through the teacher ends (the paper's: every block of a transformer); the approximate R1 term is FastGen's, its
-weight ours; for the first --easy_steps the late times are drawn, then mostly s = 1 (numbers from memory of the paper). Of GDD:
-the discriminator is LADD's, not a projected GAN on ImageNet features. The default is the quick start: batch 32, no first
-moment in Adam, larger rates.
+weight ours; for the first --easy_steps the late times are drawn, then mostly s = 1 (the weights and the paper's 500 such steps
+were read in a public re-implementation, github.com/vionwinnie/Z-Image-LADD-distillation, TRAINING_GUIDE.md, not in the paper).
+Of GDD: the discriminator is LADD's, not a projected GAN on ImageNet features. The default is the quick start: batch 32, no
+first moment in Adam, larger rates.
 
     accelerate launch train_scripts/train_ladd.py                                      # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_ladd.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --data prompts.txt --synthetic 20000
@@ -43,7 +44,7 @@ LOSSES = {"hinge": (critics.hinge_discriminator, critics.hinge_generator), "soft
 class Config(RunConfig):
     method: ClassVar[str] = "ladd"
     recipes: ClassVar[dict] = {
-        "fastgen": dict(source="NVIDIA FastGen, LADD of Wan 1.3B (rates, softplus, approximate R1); times as Sauer et al. 2024", lr=2e-6, critic_lr=4e-6,
+        "fastgen": dict(source="NVIDIA FastGen, LADD of Wan 1.3B (rates, softplus, approximate R1); easy steps: see above", lr=2e-6, critic_lr=4e-6,
                         adversarial="softplus", r1=0.1, easy_steps=500, betas=(0.9, 0.999), time_budget=0.0),
         "gdd-ffhq": dict(source="Zheng & Yang 2024, train.sh (FFHQ 64, 10M images: Adam (0, .99), 2e-5 and 4e-5, softplus), with LADD's discriminator",
                          batch=256, lr=2e-5, critic_lr=4e-5, betas=(0.0, 0.99), adversarial="softplus", student_times=(1.0,), time_weights=(1.0,),

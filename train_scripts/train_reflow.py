@@ -16,7 +16,7 @@ Departures from the papers: the student is the teacher's network read as a recti
 the stock DDIM rule on the teacher's own schedule is exactly Euler's; where that schedule stops short of pure noise, t ends
 there and the line ends at the sampler's start; pairs come from DDIM (the papers: RK45, Heun, DPM-Solver); P is off by default
 and H then unweighted (--perceptual 1 is rf++; P is EfficientNet-Lite0's blocks without learnt weights, on decoded samples at 96
-pixels, for LPIPS); a 2-reflow student is sampled without guidance; no real pairs by inversion, no re-use of the first noise.
+pixels, for LPIPS, or LPIPS where it is installed); a 2-reflow student is sampled without guidance; no real pairs by inversion, no re-use of the first noise.
 
     accelerate launch train_scripts/train_reflow.py                                    # the embedded teacher, minutes on a CPU
     accelerate launch train_scripts/train_reflow.py --teacher stable-diffusion-v1-5/stable-diffusion-v1-5 --data prompts.txt --pairs 100000

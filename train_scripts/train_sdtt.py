@@ -36,6 +36,7 @@ import torch
 
 from zoo.backbones import text
 from zoo.errors import UserError
+from zoo.process import per_sample
 from zoo.run import Run, RunConfig, cli
 
 
@@ -104,9 +105,10 @@ def cross_entropy(log_q, x0):
     return -log_q.gather(-1, x0[..., None])[..., 0]
 
 
-def masked_mean(each, hidden):
-    """Mean of `each` [B, L] over the tokens that are masked in z_t; visible ones never count."""
-    return torch.where(hidden, each, 0).sum() / hidden.sum().clamp(min=1)
+def masked_mean(each, hidden, share=None):
+    """Mean of `each` [B, L] over the tokens that are masked in z_t; visible ones never count. share: masked tokens that a part of B sequences
+    has on average in the global batch, so that the mean over equal parts is the mean over all masked tokens (None: it is the only part)."""
+    return torch.where(hidden, each, 0).sum() / (hidden.sum() if share is None else share).clamp(min=1)
 
 
 def main(cfg: Config) -> Run:
@@ -133,9 +135,11 @@ def main(cfg: Config) -> Run:
             targets, z_s = shared_noise_targets(p, batch.x0, u, t, dt, batch.cond)
             revealed = z_s != process.mask_id
             each = torch.where(revealed, cross_entropy(log_q, batch.x0), kl(log_q, targets, cfg.floor, cfg.divergence))
-        hidden = z == process.mask_id
+        hidden, everyone = z == process.mask_id, batch.whole()
+        all_t, all_u = everyone.rand(), everyone.rand(*model.shape, dtype=torch.float64)
+        share = (all_u >= per_sample(process.alpha(all_t), all_u)).sum() * (len(t) / len(all_t))
         entropy = -(log_q.exp() * log_q).sum(-1)
-        return {"loss": masked_mean(each, hidden), "entropy": masked_mean(entropy, hidden), "student_steps": n}
+        return {"loss": masked_mean(each, hidden, share), "entropy": masked_mean(entropy, hidden, share), "student_steps": n}
 
     for step in run.loop():
         if step and step == where(step)[1]:

@@ -12,7 +12,8 @@ CVPR 2024 -- https://arxiv.org/abs/2312.05239
 
 Departures from the paper: guidance on both scores cancels at the fixed point of an exact critic, which is the unguided
 teacher; the quick start therefore leaves the critic unguided (--critic_guidance 1, as VSD and DMD do) and the recipes guide
-both; student and critic see different prompts; the critic's loss is a v-MSE, finite at both ends of zero-terminal-SNR
+both; the critic draws prompts and samples of its own (--share_sample, set in sd21: it takes the student's, as the official code
+does, which saves one of two samplings); its loss is a v-MSE, finite at both ends of zero-terminal-SNR
 schedules (the official code weights the eps-MSE by alpha^2); its LoRA has alpha = rank (the official alpha is 108 at rank 64);
 w is drawn per sample, not per iteration; SNOOPI's clamped CLIP loss is left out, and so is NASA, its negative prompts by
 attention subtraction: it changes sampling, not training. The default is the quick start: batch 32, no first moment in Adam,
@@ -38,7 +39,8 @@ class Config(RunConfig):
     method: ClassVar[str] = "swiftbrush"
     recipes: ClassVar[dict] = {
         "sd21": dict(source="Nguyen & Tran 2024, Sec. 4.1; official script (batch 64, LoRA rank 64, guidance 4.5 on both scores)", batch=64, lr=1e-6,
-                     critic_lr=1e-3, guidance=4.5, critic_guidance=0.0, betas=(0.9, 0.999), max_grad_norm=1.0, time_budget=0.0, steps=65_000),
+                     critic_lr=1e-3, guidance=4.5, critic_guidance=0.0, share_sample=True, betas=(0.9, 0.999), max_grad_norm=1.0, time_budget=0.0,
+                     steps=65_000),
         "snoopi-sd15": dict(source="Nguyen et al. 2024 (SNOOPI), Sec. 4 (batch 64, w in [0.5, 4], 60K iterations), without its CLIP loss", batch=64,
                             lr=1e-6, critic_lr=1e-3, guidance_range=(0.5, 4.0), critic_guidance=0.0, betas=(0.9, 0.999), time_budget=0.0, steps=60_000),
     }
@@ -51,6 +53,7 @@ class Config(RunConfig):
     critic_guidance: float = 1.0           # scale of the critic's score; 0: the teacher's, as the official code
     guidance_range: tuple[float, float] = (0.0, 0.0)    # SNOOPI: draw w from it; (0, 0): one fixed scale
     drop: float = 0.1                      # fraction of the critic's samples without their prompt
+    share_sample: bool = False             # the critic trains on the student's sample: one sampling instead of two
     t_min: float = 0.02                    # range of the student's renoising times
     t_max: float = 0.98
 
@@ -82,6 +85,9 @@ def main(cfg: Config) -> Run:
 
     def student_loss(batch):
         x = sample(batch)
+        if cfg.share_sample:
+            batch.made = x.detach()
+            shared.append(batch)
         t = times.uniform(batch.rand(), cfg.t_min, cfg.t_max) * process.t_max
         x_t = process.noise(x, batch.randn(), t)
         w = times.uniform(batch.rand(), low, high) if high > low else model.guidance
@@ -89,16 +95,19 @@ def main(cfg: Config) -> Run:
         return {"loss": losses.along(x, direction), **(critic_fit(x, x_real, x_fake) if cfg.critic_guidance == 1 else {})}
 
     def critic_loss(batch):
-        with torch.no_grad():
-            x = sample(batch)
+        x = getattr(batch, "made", None)
+        if x is None:
+            with torch.no_grad():
+                x = sample(batch)
         cond = losses.without_prompt(batch.cond, batch.uncond, batch.rand() < cfg.drop)
         t = batch.rand().clamp(min=1e-3) * process.t_max
         denoise = critics.denoising(fake, x, batch.randn(), t, cond)
         return {"loss": denoise, "denoising": denoise}
 
     for _ in run.loop():
+        shared = []
         run.minimize(G, student_loss, data)
-        run.minimize(fake, critic_loss, data)
+        run.minimize(fake, critic_loss, shared or data)
     return run
 
 

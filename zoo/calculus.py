@@ -31,7 +31,7 @@ def total_derivative(fn, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ..
                      value: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(fn(*primals), d/ds fn(*(primals + s tangents)) at s = 0), both without graph.
 
-    how="jvp": exact forward-mode derivative (math attention is forced: fused attention has none on a CPU).
+    how="jvp": exact forward-mode derivative (math attention is forced: fused kernels have none, on any device).
     how="fd": central difference of step `h` in s, for networks without forward mode; see `time_step`.
     value: fn(*primals) where it is there already, in full precision: a difference then takes two calls and not three.
 

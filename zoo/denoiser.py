@@ -170,14 +170,33 @@ def add_adapter(module: nn.Module, role: str, rank: int, targets: list[str] | st
         p.requires_grad_("lora_" in name)
 
 
+@contextmanager
+def conditioned(embedding, condition: Tensor | None):
+    """Inside, a time embedding with a slot (any other is left alone) reads `condition` as its second scalar."""
+    if not hasattr(embedding, "condition"):
+        yield
+        return
+    before, embedding.condition = embedding.condition, condition
+    try:
+        yield
+    finally:
+        embedding.condition = before
+
+
+LOOKING: list[Callable] = []     # called with a checkpointed block and its inputs (plan.activation_bytes)
+
+
 def checkpoint_activations(module: nn.Module) -> None:
-    """Activation checkpointing whose recomputation uses the role of the forward pass, not the one active at backward."""
+    """Activation checkpointing whose recomputation uses the role and the second scalar of the forward pass, not those set at backward."""
     def run(block, *args):
-        role = module.__dict__.get("_zoo_role")
+        role, embedding = module.__dict__.get("_zoo_role"), getattr(module, "time_embedding", None)
+        condition = getattr(embedding, "condition", None)
 
         def again(*inner):
-            with role_active(module, role):
+            with role_active(module, role), conditioned(embedding, condition):
                 return block(*inner)
+        if LOOKING:                      # the memory estimate: what a backward pass will make again in this block
+            LOOKING[-1](again, args)
         return checkpoint(again, *args, use_reentrant=False)
     if hasattr(module, "enable_gradient_checkpointing"):
         module.enable_gradient_checkpointing(gradient_checkpointing_func=run)
@@ -191,12 +210,14 @@ class Denoiser:
 
     forward(module, x, timestep, cond) -> raw output of kind `pred`; slot: None, "r" (second time) or "guidance"
     (cond["guidance"], the scale w as tensor [B]); tap: submodule whose output feeds the GAN head, or a list of them, in the order
-    in which they run, for a head of several depths (`judge`); frozen: regular expression of parameters left out of `trainable`."""
+    in which they run, for a head of several depths (`judge`); maps: the head reads what enters the tap, not what leaves it, and maps(its
+    output, x) comes with logits=True; frozen: regular expression of parameters left out of `trainable`."""
 
     def __init__(self, module: nn.Module, process: Process, pred: Pred, forward: Callable, *, role: str | None = None,
-                 slot: str | None = None, tap: str | list[str] | None = None, head: GanHead | Heads | None = None, frozen: str = ""):
+                 slot: str | None = None, tap: str | list[str] | None = None, head: GanHead | Heads | None = None, frozen: str = "",
+                 maps: Callable | None = None):
         self.module, self.process, self.pred, self.forward = module, process, pred, forward
-        self.role, self.slot, self.head, self.frozen = role, slot, head, frozen
+        self.role, self.slot, self.head, self.frozen, self.maps = role, slot, head, frozen, maps
         self.weights: dict[str, Tensor] | None = None     # read these instead of the module's own (averages)
         self._tapped, self._enough = None, math.inf
         self.taps = [tap] if isinstance(tap, str) else tap or []
@@ -204,9 +225,10 @@ class Denoiser:
             for name in self.taps:
                 module.get_submodule(name).register_forward_hook(self._keep)
 
-    def _keep(self, _module, _inputs, output):
+    def _keep(self, _module, inputs, output):
         if self._tapped is not None:
-            self._tapped.append(output[0] if isinstance(output, tuple) else output)
+            seen = inputs if self.maps else output
+            self._tapped.append(seen[0] if isinstance(seen, tuple) else seen)
             if len(self._tapped) == self._enough:
                 raise _Enough
 
@@ -221,19 +243,15 @@ class Denoiser:
         elif self.slot == "guidance":
             condition = scalar_embedding(cond["guidance"] - 1)
         self._tapped = [] if logits else None
-        embedding = getattr(self.module, "time_embedding", None)
-        with role_active(self.module, self.role):
-            if hasattr(embedding, "condition"):
-                embedding.condition = condition
+        with role_active(self.module, self.role), conditioned(getattr(self.module, "time_embedding", None), condition):
             out = self._raw(x, self.process.timestep(t), cond)
-            if hasattr(embedding, "condition"):
-                embedding.condition = None
         CALLS.add(out)
         out = self.process.convert(out.float() if out.dtype in (torch.bfloat16, torch.float16) else out, x, t, self.pred, to)
         if not logits:
             return out
         features, self._tapped = self._tapped[-1], None
-        return out, self.head(features)
+        made = self.head(features)
+        return out, self.maps(made, x) if self.maps else made
 
     def judge(self, x: Tensor, t: Tensor, cond: dict, at: Tensor | None = None) -> list[Tensor]:
         """Logits [B, positions] of a head of several depths, one tensor per tap; at [B]: a number the head is told, where it listens to

@@ -28,6 +28,7 @@ REMEDIES = {
                      "or more critic updates",
     "oversaturation": "lower the guidance; check the latent scaling factor and that images are in [-1, 1]",
     "low entropy": "fewer updates per round, more steps for the last one, or a larger target floor; judge by ngram_js, not by bits",
+    "frozen": "a higher learning rate; a shorter warm-up or average than the run; with fp16 look for skipped steps, or use bf16",
     "wrong guidance convention": "use D_w = D_uncond + w (D_cond - D_uncond), w = 1 meaning none: "
                                  "check w against 1 + w and the order of cond and uncond",
 }
@@ -174,6 +175,9 @@ class Health:
       prompt with every re-noising (read on a healthy run: 0.75 at 4 steps, 2.6 at 1); and a blurred student keeps
       three quarters of the way, which is all there is between w = 1 and w where the teacher hardly heeds its
       guidance. Too much cannot be read off samples; `applied` checks the teacher's guided output itself, to within 0.05.
+    frozen: samples on the fixed noise differ from those of the first measurement by less than 0.001 of the spread (standard
+      deviation) of the teacher's samples, root-mean-square, at two measurements in a row after the warm-up: less than rounding to
+      a grey level, so a slow start is not meant. A resumed process starts anew from its own first measurement.
     The image rules sleep for the first `warmup` steps and want two samplings in a row; collapse and too little
     guidance also want no recovery (10 %) in between, since a student starts from the teacher's blurred one-step
     images.
@@ -186,10 +190,12 @@ class Health:
     clipped: float = 0.2
     contrast: float = 1.1
     share: float = 0.75
+    still: float = 1e-3
     active: set[str] = field(default_factory=set)
     _trace: list[dict[str, float]] = field(default_factory=list)
     _lowest: float = math.inf
     _before: dict[str, float] = field(default_factory=dict)
+    _first: tuple[int, Tensor] | None = field(default=None, repr=False, compare=False)      # not in the state: of this process alone
 
     def scalars(self, step: int, *, critic_loss: float, gap: float, relative: float, misfit: float) -> list[HealthWarning]:
         """One logged step: the critic's denoising loss and `critic_fit` (as they are or averaged since the
@@ -229,6 +235,18 @@ class Health:
             and f"{high:.0%} of values at the ends of the range, teacher {low:.0%}; contrast x {strength:.2f}",
         }
         return [w for name, text in found.items() for w in self._report(name, step, text)]
+
+    def moved(self, step: int, student: Tensor, teacher: Tensor) -> list[HealthWarning]:
+        """One sampling: images or latents [N, ...] of the student, on the same noise every time, and of the many-step teacher."""
+        student = student.detach().float()
+        if self._first is None:
+            self._first = step, student.clone()
+        since, first = self._first
+        if step < self.warmup or step == since:
+            return []
+        change = ((student - first).square().mean().sqrt() / teacher.float().std().clamp(min=1e-12)).item()
+        found = self._twice("frozen", change < self.still, change)
+        return self._report("frozen", step, found and f"samples have changed by {change:.1e} of the teacher's spread since step {since}")
 
     def applied(self, step: int, x_real: Tensor, x_cond: Tensor, x_uncond: Tensor, guidance: float
                 ) -> list[HealthWarning]:

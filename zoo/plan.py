@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import optimizers, sharding
+from . import denoiser, optimizers, quantized, sharding
 from .errors import UserError
 from .tokens import Masked
 
@@ -34,19 +35,30 @@ class Estimate:
 
 
 def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
-    """Bytes autograd keeps for one sample through `net`, counted at one real forward pass (parameters excluded)."""
+    """Bytes autograd keeps for one sample through `net`, counted at one real forward pass (parameters excluded). Under activation checkpointing
+    the largest block is added, which the backward pass makes again."""
     seen: dict[int, int] = {}
     place = lambda tensor: tensor.untyped_storage()._cdata
     own = {place(sharding.own(p)) for p in (*net.trainable().values(), *net.module.parameters())}
 
-    def keep(tensor):
+    def keep(tensor, into=seen):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
-        return tensor
+            into[storage._cdata] = storage.nbytes()
+        return tensor.detach()                # itself, an output would hold the graph that holds it
 
     def gathered(module, _inputs):            # parameters of a cut network change while it runs
         own.update(place(sharding.own(p)) for p in module.parameters(recurse=False))
+    inside = [0]
+
+    def look(block, args):
+        made: dict[int, int] = {}
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t, made), lambda t: t):
+            out = block(*args)
+        for given in filter(torch.is_tensor, args):           # kept anyway
+            made.pop(place(given), None)
+        inside[0] = max(inside[0], sum(made.values()) + max(made.values(), default=0))         # and a gradient of the largest
+        del out
 
     device = next(iter(net.trainable().values())).device
     tokens = isinstance(net.process, Masked)
@@ -56,11 +68,23 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
     if net.slot == "guidance":
         cond["guidance"] = torch.ones(1, device=device)
     hooks = [m.register_forward_pre_hook(gathered) for m in net.module.modules()] if sharding.is_cut(net.module) else []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(x, t, cond, to="x0" if tokens else "v")
-    for hook in hooks:
-        hook.remove()
-    return sum(seen.values())
+    denoiser.LOOKING.append(look)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(x, t, cond, to="x0" if tokens else "v")
+    finally:
+        denoiser.LOOKING.pop()
+        for hook in hooks:
+            hook.remove()
+    return sum(seen.values()) + inside[0]
+
+
+def _activations(run, net, cond: dict) -> int:
+    """`activation_bytes` in the run's precision; what the pass leaves behind in cycles is let go, which else lies under the first step."""
+    with run.accelerator.autocast():
+        size = activation_bytes(net, run.model.shape, cond)
+    gc.collect()
+    return size
 
 
 def plan(run) -> Estimate:
@@ -68,24 +92,24 @@ def plan(run) -> Estimate:
     cfg, model = run.cfg, run.model
     micro = cfg.batch // (run.world * cfg.accumulate)
     size = lambda tensors: sum(t.numel() * t.element_size() for t in map(sharding.own, tensors))
-    base = size(model.module.parameters())
+    base = size(model.module.parameters()) + quantized.scale_bytes(model.module)
     lines = [f"{k} = {v}" for k, v in run.describe().items()]
     lines += [f"devices: {run.world} x {run.device.type}, micro-batch {micro}, global batch {cfg.batch}", f"teacher: {base / GB:.3f} GB of weights"]
-    held, needed, activations, roles = base, 0, 0, {}
+    held, needed, once, roles = base, 0, 0, {}
     cond = model.examples(1).cond
     for t in run.trainees.values():
         averages = sum(size(values.values()) for _, values in t.averages)
         r = roles[t.name] = {"weights": 0 if t.net.role else size(t.net.module.parameters()), "gradient": size(t.own.values()),
                              "optimizer": sum(optimizers.state_bytes(cfg.optimizer, tuple(p.shape), p.element_size()) for p in t.own.values()),
                              "averages": 0 if cfg.offload_averages else averages, "host_averages": averages if cfg.offload_averages else 0,
-                             "activations": activation_bytes(t.net, model.shape, cond) * micro}
+                             "activations": _activations(run, t.net, cond) * micro}
         if run.engine is not None and run.engine.trainee is t:
             r |= run.engine.planned(r, lambda shape: optimizers.state_bytes(cfg.optimizer, shape))
-        held, needed, activations = held + r["weights"] + r["averages"], needed + r["gradient"] + r["optimizer"], max(activations, r["activations"])
+        held, needed, once = held + r["weights"] + r["averages"], needed + r["optimizer"], max(once, r["gradient"] + r["activations"])       # gradients go with a step
         lines.append(f"{t.name}: {sum(p.numel() for p in t.params.values()):,} trainable parameters; weights {r['weights'] / GB:.3f} GB, gradient "
                      f"{r['gradient'] / GB:.3f} GB, {cfg.optimizer} {r['optimizer'] / GB:.3f} GB, averages {averages / GB:.3f} GB"
                      f"{' on the CPU' * cfg.offload_averages}, activations {r['activations'] / GB:.3f} GB")
-    needed += activations
+    needed += once
     if run.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.device)[0]
     else:

@@ -26,7 +26,7 @@ from typing import Callable, ClassVar, Iterator, Literal
 import torch
 from torch import Tensor
 
-from . import compiled, deepspeed, optimizers, sharding
+from . import compiled, deepspeed, optimizers, quantized, sharding
 from .data.ahead import Ahead
 from .data.cache import Storage
 from .denoiser import CALLS
@@ -58,6 +58,7 @@ class RunConfig:
     max_grad_norm: float = 10.0
     ema: float = 0.98               # decay of the averaged student that is sampled, measured and exported (0: none)
     lora: int = 0                   # LoRA rank; 0 trains full weights
+    base_bits: Literal[0, 16, 8, 4] = 0    # keep the frozen base of a --lora run in so few bits (docs/many_devices.md); 0: as loaded
     teacher_lora: str = ""          # a style LoRA that makes the teacher: file, folder, Hub id, or user/name/file.safetensors
     teacher_lora_scale: float = 1.0
     flow_shift: float = 0.0         # times of a flow teacher are moved towards noise by times.shifted (0: as its own scheduler moves them; 1: not at all)
@@ -110,6 +111,10 @@ class Batch:
     def randint(self, n: int) -> Tensor:
         """Integers [B] in [0, n)."""
         return self._mine(torch.randint(n, (self._size,), generator=self._generator(), pin_memory=self._pin))
+
+    def whole(self) -> Batch:
+        """The random numbers of the global batch, from its first draw on, without items: for what a loss must know of all samples."""
+        return Batch({}, self.shape, self._seed, self._size, slice(0, self._size), self._device)
 
     def _mine(self, drawn: Tensor) -> Tensor:
         """This micro-batch's rows of a global draw, where it trains."""
@@ -174,6 +179,8 @@ class Run:
             precision = "bf16" if (model.bf16_on_cpu and _cpu_has_bf16() if on_cpu else torch.cuda.is_bf16_supported()) else "no"
         refuse_precision(precision)
         refuse_distilled(model, cfg.distilled_teacher)
+        if cfg.base_bits:
+            quantized.check(cfg, model, bool(self.fsdp or self.zero))
         if cfg.teacher_lora:                 # before any role is made and before anything is moved or cut
             add_style(model, cfg.teacher_lora, cfg.teacher_lora_scale)
         # A script with a shift of its own (rcm, self_forcing) or with two times is not moved unless it is asked for.
@@ -205,6 +212,9 @@ class Run:
         self.ahead = Ahead() if self.device.type == "cuda" else None      # on a CPU the thread would take its time from the training
         self.sharded = self.fsdp is not None and self.world > 1
         self.takes_part = self.rank == 0 or self.sharded      # in sampling and measuring: cut networks are called on all ranks together
+        quantized.quantize(model, cfg.base_bits, self.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+        if cfg.base_bits and self.rank == 0:
+            print(quantized.said(model), file=sys.stderr)
         model.to(self.device)
         self.trainees: dict[str, Trainee] = {}
         self.step = self.tick = 0
@@ -229,7 +239,8 @@ class Run:
         if record.exists():
             theirs = json.loads(record.read_text())
             # Runs from before these flags.
-            theirs = {"optimizer": "adamw", "teacher_lora": "", "teacher_lora_scale": 1.0, "distilled_teacher": False, "flow_shift": 0.0} | theirs
+            theirs = {"optimizer": "adamw", "teacher_lora": "", "teacher_lora_scale": 1.0, "distilled_teacher": False, "flow_shift": 0.0, "base_bits": 0,
+                      "share_sample": False} | theirs
             diff = [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
             if theirs.get("method") != mine["method"]:
                 raise UserError(f"{self.out} holds a run of another method ({theirs.get('method')}): give another --output_dir")
@@ -754,20 +765,22 @@ def cli(main: Callable, config: type[RunConfig]):
 
 def parse(config: type[RunConfig], argv: list[str], tyro) -> RunConfig:
     """`--recipe NAME` fills the defaults; flags given beside it win and are listed as deviations, the global batch first."""
+    from .recipes import automatic, origins
     name = next((argv[i + 1] if a == "--recipe" else a.split("=", 1)[1] for i, a in enumerate(argv)
                  if (a == "--recipe" and i + 1 < len(argv)) or a.startswith("--recipe=")), "")
     found = config.recipes
     if name == "auto":                       # of the teacher's family
-        from .recipes import automatic
         found = {**found, "auto": automatic(config, argv)}
     if name and name not in found:
         raise UserError(f"unknown --recipe {name!r}: this script has {', '.join([*sorted(config.recipes), 'auto'])}")
-    preset = {k: v for k, v in found.get(name, {}).items() if k != "source"}
+    preset = {k: v for k, v in found.get(name, {}).items() if k not in ("source", "origins")}
     cfg = tyro.cli(config, args=argv, default=config(**preset), description=(sys.modules[config.__module__].__doc__ or "").strip().split("\n\n")[0])
     if name:
         rows = [(k, v, getattr(cfg, k)) for k, v in preset.items() if getattr(cfg, k) != v]
         rows.sort(key=lambda r: r[0] != "batch")
         print(f"recipe {name}: {found[name]['source']}", file=sys.stderr)
+        for line in origins(found[name], cfg):
+            print(f"  {line}", file=sys.stderr)
         for k, theirs, ours in rows:
             print(f"  deviates: {k} = {ours} (recipe {theirs})", file=sys.stderr)
     return cfg

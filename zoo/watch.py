@@ -192,6 +192,7 @@ class Watcher:
             self.warn(self.health.samples(run.step, by(most), self._by_prompt(self.reference)))
         if self.guides:
             self.warn(self.health.guidance(run.step, list(readings.values()), run.model.guidance))
+        self.warn(self.health.moved(run.step, most, self.latents))
         self.keep(score)
         return score
 

@@ -240,12 +240,29 @@ def markdown(rows: list[dict]) -> str:
             text = re.sub(r"(--teacher )?\.\.\./teachers/\w+", "the teacher", r["why"].replace("UserError: ", ""))      # one line for all that say the same
             text = re.sub(r"the \w+ family", "its family", text)
             why.setdefault((r["outcome"], text), {}).setdefault(r["teacher"], {}).setdefault(r["script"], []).append(r["form"])
-    notes = [f"- {note(kind, where)}: {text}" for (kind, text), where in sorted(why.items())]
+    notes = [f"- {note(kind, where)}: {text}" for (kind, text), where in sorted(why.items())] + adapters(rows)
     versions = sorted({f"torch {r['torch']}, diffusers {r['diffusers']}" for r in rows})
     tried, every = len(rows), len(cases([], []))
     head = ("Cells count cases (a script with LoRA or with full weights) that lived their whole life on a tiny randomly initialised teacher: "
             f"{f'all {tried}' if tried >= every else f'{tried} of {every}'} cases, {len(scripts)} scripts ({'; '.join(versions)}).")
     return "\n".join([head, "", *lines, *([""] + notes if notes else [])])
+
+
+def adapters(rows: list[dict]) -> list[str]:
+    """Which LoRA students leave no file that a stock `load_lora_weights` reads, and what reads them instead."""
+    works = [r for r in rows if r["form"] == "lora" and r["outcome"] == "ok"]
+    loads = [r for r in works if r.get("lora_file")]
+    teachers, scripts = ({r[k] for r in loads} for k in ("teacher", "script"))
+    second = sorted({r["script"] for r in works if r.get("slot") and r["teacher"] in teachers} - scripts)
+    bare = sorted({r["teacher"] for r in works} - teachers)
+    lines = []
+    if second:
+        lines.append(f"- LoRA students of {', '.join(second)}: stock diffusers opens the folder (fused, second time 0), but not the adapter, which has a layer "
+                     "for the second time and lies in `two_time/`: `zoo.load(folder, two_time=True)` gives the network with both times, `--init_student` "
+                     "goes on from it")
+    if bare and loads:
+        lines.append(f"- no `load_lora_weights` in the stock pipeline of {', '.join(bare)}: LoRA students are the fused folder, the adapter is in peft's names")
+    return lines
 
 
 def note(kind: str, where: dict[str, dict[str, list]]) -> str:

@@ -31,14 +31,15 @@ class Config:
 
 def run(name: str, cfg: Config) -> dict:
     """Train one row in a child process; what it measured and what it cost."""
-    from run import hardware      # benchmarks/leaderboard/run.py
+    from run import curve, hardware      # benchmarks/leaderboard/run.py
     script, *flags = ROWS[name]
     out = ROOT / cfg.work / name
     budget = ["--max_calls", str(cfg.max_calls), "--time_budget", "0"] if cfg.max_calls else ["--time_budget", str(cfg.time_budget)]
     command = [f"train_scripts/{script}", *flags, *budget]
     subprocess.run([sys.executable, *command, "--output_dir", str(out), "--export", "last"], check=True, cwd=ROOT)
     facts = json.loads((out / "measured.json").read_text())
-    return {"command": " ".join(["python", *command]), "hardware": hardware(), **{k: facts[k] for k in ("seconds", "steps", "calls", "measured")}}
+    return {"command": " ".join(["python", *command]), "hardware": hardware(), **{k: facts[k] for k in ("seconds", "steps", "calls", "measured")},
+            "curve": curve([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])}
 
 
 def table(names: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import statistics
@@ -11,13 +12,13 @@ import sys
 from pathlib import Path
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 METRICS = ("kid_efflite0", "kid_low", "kid_high", "kid_teacher", "precision", "recall", "density", "coverage", "agreement", "diversity", "ode_error")
 COST = ("training_steps", "training_calls", "training_seconds", "budget_used", "peak_memory_gb", "parameters", "trained_parameters")
 COLUMNS = ("who", "kind", "family", "seed", "sampler", "steps", "calls", *METRICS, *COST, "warnings", "error")
-FAMILY_COLOURS = {"distribution matching": "tab:blue", "trajectory": "tab:orange", "adversarial": "tab:green"}
-HALVES = (1, 4)      # network calls of the two halves of the picture
+OTHERS = {"sdtt": "ngram_js", "self_forcing": "conditional_kid_efflite0"}      # text and video: the measure beside the paper's number
+MEDIANS = ("training_seconds",)      # over seeds: one run that waited for other work of the machine is no cost of the method
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -33,25 +34,35 @@ def flat(entries: list[dict]) -> list[dict]:
     return out
 
 
+def more(entries: list[dict]) -> list[str]:
+    """Measures of this board beyond those that all have, as its rows name them."""
+    return list(dict.fromkeys(k for e in entries for r in e["rows"] for k in r if k not in COLUMNS))
+
+
 def table(entries: list[dict], path: Path):
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, (*COLUMNS, *more(entries)), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in flat(entries))
 
 
 def average(rows: list[dict]) -> list[dict]:
-    """Mean and sample spread over seeds of rows that differ in the seed alone: each metric becomes (mean, spread | None)."""
+    """Mean and sample spread over seeds of rows that differ in the seed alone: each metric becomes (mean, spread | None), those of
+    MEDIANS (median, None)."""
     groups: dict[tuple, list[dict]] = {}
+    others = dict.fromkeys(k for row in rows for k in row if k not in COLUMNS)
     for row in rows:
         if not row.get("error"):
             groups.setdefault((row["who"], row["sampler"], row["steps"]), []).append(row)
     out = []
     for group in groups.values():
         mean = {k: group[0][k] for k in ("who", "kind", "family", "sampler", "steps", "calls")} | {"seeds": len(group)}
-        for key in (*METRICS, *COST):
+        for key in (*METRICS, *COST, *others):
             values = [r[key] for r in group if r.get(key) is not None]
-            mean[key] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None) if values else None
+            if key in MEDIANS:
+                mean[key] = (statistics.median(values), None) if values else None
+            else:
+                mean[key] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None) if values else None
         out.append(mean)
     return out
 
@@ -151,6 +162,21 @@ def by_calls(students: list[list[dict]], key: str, label) -> list[str]:
     return lines
 
 
+def agreement(entries: list[dict], facts: dict, students: list[list[dict]], label) -> list[str]:
+    """Lines of the table of a world's own measures, under what real pictures get in them; none where a board has neither."""
+    columns = ["agreement", *more(entries)]
+    if len(columns) == 1 and "real" not in facts:
+        return []
+    row = lambda who, cells: f"| {who} | " + " | ".join(cells) + " |"
+    lines = ["", f"{facts.get('agreement', 'agreement').capitalize()}, of the same rows:", "",
+             row("model | calls", ["all", *(c.removeprefix("agreement_").replace("_", " ") for c in columns[1:])]), "|" + "---|" * (len(columns) + 2)]
+    lines += [row(f"{who} | ", [f"{values[c]:.2f}" if c in values else "" for c in columns]) for who, values in facts.get("real", {}).items()]
+    for g in students:
+        r = min(g, key=lambda r: r["kid_efflite0"][0])
+        lines.append(row(f"{label(g)} | {r['calls']}", [show(r.get(c), 2) for c in columns]))
+    return lines
+
+
 def markdown(entries: list[dict], facts: dict) -> str:
     """The tables of one board."""
     rows = average(flat(entries))
@@ -170,15 +196,14 @@ def markdown(entries: list[dict], facts: dict) -> str:
     taught = [g for g in students if any(r["kid_teacher"] is not None for r in g)]
     if taught:
         lines += ["", "`kid_teacher`, the same distance to the teacher's own samples:", "", *by_calls(taught, "kid_teacher", plain)]
-    own = "class accuracy" if facts["teacher"] == "fashion" else "retrieval@5"
+    own = facts.get("agreement") or ("class accuracy" if facts["teacher"] == "fashion" else "retrieval@5")
     lines += ["", "Each where it is nearest to real images:", "",
-              f"| model | calls | to real | to teacher | precision | recall | coverage | {own} | diversity | ODE error | steps | Mcalls | seconds | peak GB | M trained |", "|" + "---|" * 15]
+              f"| model | calls | to real | to teacher | precision | recall | coverage | {own} | diversity | ODE error | steps | Mcalls | median seconds | peak GB | M trained |", "|" + "---|" * 15]
     for g in students:
         r = min(g, key=lambda r: r["kid_efflite0"][0])
-        error = next((x["ode_error"] for x in g if x["ode_error"] is not None), None)
         lines.append(f"| {label(g)} | {r['calls']} | {shown(r['kid_efflite0'])} | {shown(r['kid_teacher'])} | " + " | ".join(show(r[k], 2) for k in ("precision", "recall", "coverage", "agreement", "diversity"))
-                     + f" | {show(error, 2) if g[0]['kind'] != 'method' or g[0]['family'] == 'trajectory' else ''} | {show(r['training_steps'])} | {show(r['training_calls'], 2, 1e-6)} | {show(r['training_seconds'])} | {show(r['peak_memory_gb'], 2)} | {show(r['trained_parameters'], 2, 1e-6)} |")
-    lines += legend(students)
+                     + f" | {show(r['ode_error'], 2) if g[0]['kind'] != 'method' or g[0]['family'] == 'trajectory' else ''} | {show(r['training_steps'])} | {show(r['training_calls'], 2, 1e-6)} | {show(r['training_seconds'])} | {show(r['peak_memory_gb'], 2)} | {show(r['trained_parameters'], 2, 1e-6)} |")
+    lines += legend(students) + agreement(entries, facts, students, label)
     warned = sorted({(e["who"], w) for e in entries for w in (e["job"] or {}).get("warnings", [])})
     failed = [(e["who"], e["seed"], e["error"]) for e in entries if "error" in e]
     failed += [(e["who"], e["seed"], f"{r['steps']} steps: {r['error']}") for e in entries for r in e["rows"] if "error" in r]
@@ -194,11 +219,16 @@ def papers(entries: list[dict], here: Path) -> str:
     best = {g[0]["who"]: min(g, key=lambda r: r["kid_efflite0"][0]) for g in sorted(by_student(average(flat(entries))), key=lambda g: -min(r["kid_efflite0"][0] for r in g)) if g[0]["kind"] == "method"}
     with open(here / "paper_numbers.csv", encoding="utf-8", newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file)}
-    lines = ["| method | the paper's own number | calls | from | ours: `kid_efflite0` | calls |", "|---|---|---|---|---|---|"]
-    for who, ours in sorted(best.items()):
+    ours = {who: (f"`kid_efflite0` {show(row['kid_efflite0'])}", row["calls"]) for who, row in best.items()}
+    for who, measure in OTHERS.items():
+        if (path := here / "other" / f"{who}.json").exists():
+            row = min((r for r in json.loads(path.read_text())["measured"] if r["who"] == "student"), key=lambda r: r[measure])
+            ours[who] = f"`{measure}` {row[measure]:.4g}", row["calls"]
+    lines = ["| method | the paper's own number | calls | from | ours | calls |", "|---|---|---|---|---|---|"]
+    for who, (value, calls) in sorted(ours.items()):
         row = known.get(who, {})
         theirs = f"{row['metric']} {row['value']}, {row['dataset']}" if row.get("metric") else "none"
-        lines.append(f"| {who} | {theirs} | {row.get('calls', '')} | {row.get('source', '')} | {show(ours['kid_efflite0'])} | {ours['calls']} |")
+        lines.append(f"| {who} | {theirs} | {row.get('calls', '')} | {row.get('source', '')} | {value} | {calls} |")
     return "\n".join(lines)
 
 
@@ -223,7 +253,9 @@ def short(entries: list[dict], facts: dict, top: int = 24) -> str:
 
 def so_far(boards: list[tuple[str, list[dict], dict]]) -> str:
     """What stands behind the short tables: seeds, and what the budget was in seconds."""
-    told = [f"{seeds(rows)} on {facts['teacher']}" + (f" ({spent})" if (spent := cost(rows)) else "") for _, rows, facts in boards]
+    many = [facts["teacher"] for *_, facts in boards]
+    name = lambda facts: facts["teacher"] + (f" with {budget(facts)}" if many.count(facts["teacher"]) > 1 else "")
+    told = [f"{seeds(rows)} on {name(facts)}" + (f" ({spent})" if (spent := cost(rows)) else "") for _, rows, facts in boards]
     return f"So far: {', '.join(told)}; {' and '.join(sorted({machine(facts) for *_, facts in boards}))}, beside other work."
 
 
@@ -263,37 +295,68 @@ def read_strip(path: Path):
 
 
 def picture(entries: list[dict], work: Path, path: Path, cell: int = 48):
-    """One row per model on the same noise: the left half at 1 network call, the right half at 4 (baselines: as labelled).
+    """One row per model on the same noise, labelled with its network calls: in the left half its fewest, in the right half its most (a
+    student with one count stands left below 4 calls, else right).
 
     A picture is kept as it is when strips of its rows are no longer in the work folder."""
     import torch
 
     from zoo.grid import grid
-    have = {(r["who"], r["sampler"], r["steps"]) for r in flat(entries) if not r.get("error")}
-    teacher = sorted((k for who, _, k in have if who == "teacher"), reverse=True)
-    pairs = [(f"teacher {teacher[0]} steps", ("teacher", "ode", teacher[0]), None)] if teacher else []
-    pairs += [(f"{who} {a} | {b} steps", (who, sampler, a), (who, sampler, b)) for who, sampler, a, b in
-              (("teacher", "ode", 1, 4), ("dpmsolver++", "solver", 4, 8), ("unipc", "solver", 4, 8), ("untrained", "renoise", *HALVES))]
-    for g in by_student(average(flat(entries))):
-        if g[0]["kind"] == "method":
-            who, sampler = g[0]["who"], g[0]["sampler"]
-            pairs.append((f"{who} {sampler}", (who, sampler, HALVES[0]), (who, sampler, HALVES[1])))
-    wanted = {h for _, *halves in pairs for h in halves if h in have}
-    if path.exists() and not all(strip_path(work, *h).exists() for h in wanted):
-        return
+    have = {(r["who"], r["sampler"], r["steps"]): r["calls"] for r in flat(entries) if not r.get("error")}
     rows = []
-    for label, *halves in pairs:
-        strips = [read_strip(strip_path(work, *h)) if h in have and strip_path(work, *h).exists() else None for h in halves]
-        if any(s is not None for s in strips):
-            blank = torch.ones_like(next(s for s in strips if s is not None))
-            rows.append((label, torch.cat([blank if s is None else s for s in strips])))
+    for label, *halves in strips(entries):
+        if path.exists() and not all(strip_path(work, *h).exists() for h in halves if h in have):
+            return
+        found = [read_strip(strip_path(work, *h)) if h in have and strip_path(work, *h).exists() else None for h in halves]
+        if any(s is not None for s in found):
+            blank = torch.ones_like(next(s for s in found if s is not None))
+            rows.append((label, torch.cat([blank if s is None else s for s in found])))
     if rows:
-        n = len(rows[0][1]) // 2
-        grid(rows, path, [f"{HALVES[0]} call"] * n + [f"{HALVES[1]} calls"] * n, cell)
+        grid(rows, path, cell=cell)
 
 
-def plot(entries: list[dict], facts: dict, path: Path, named: int = 12) -> bool:
-    """kid_efflite0 against network calls; False without matplotlib (`pip install -e ".[bench]"`)."""
+def strips(entries: list[dict]) -> list[tuple]:
+    """(label, left, right) of every row of the picture; left and right are (who, sampler, steps) or None."""
+    students = by_student(average(flat(entries)))
+    out = []
+    for g in sorted(students, key=lambda g: ("teacher", "solver", "untrained", "method").index(g[0]["kind"])):      # the order of by_student within
+        who, sampler, kind = g[0]["who"], g[0]["sampler"], g[0]["kind"]
+        rows = g if kind == "method" else [r for r in g if r["steps"] <= 8]
+        if kind == "teacher" and g[-1] not in rows:                                # its many-step samples, alone
+            out.append((f"{who}: {g[-1]['calls']} calls", (who, sampler, g[-1]["steps"]), None))
+        if kind != "solver":
+            rows = [r for r in rows if r["steps"] <= 4] or rows
+        ends = [rows[0], rows[-1]] if len(rows) > 1 else [None, rows[0]] if rows and rows[0]["calls"] >= 4 else [*rows, None] if rows else []
+        if ends:
+            calls = " | ".join(str(r["calls"]) for r in ends if r)
+            name = who if kind != "method" else f"{who} {sampler}"
+            out.append((f"{name}: {calls} call{'s' * (calls != '1')}", *((who, sampler, r["steps"]) if r else None for r in ends)))
+    return out
+
+
+def digest(data) -> str:
+    """Stands in a drawing's file for the numbers that it was drawn from, so that a stale one can be told."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def panels(students: list[list[dict]]) -> dict[str, list[list[dict]]]:
+    """title -> students of each panel of the plot, few enough in each to be told apart."""
+    two_time = {g[0]["who"] for g in students if g[0]["sampler"] == "jump"}
+    out: dict[str, list[list[dict]]] = {}
+    for g in sorted((g for g in students if g[0]["kind"] == "method"), key=lambda g: g[0]["who"]):
+        title = "two times (dashed: by their own rule)" if g[0]["who"] in two_time else "trajectory" if g[0]["family"] == "trajectory" else "distribution matching, adversarial"
+        out.setdefault(title, []).append(g)
+    return dict(sorted(out.items()))
+
+
+def points(students: list[list[dict]]) -> list:
+    """What the plot shows."""
+    return [[g[0]["who"], g[0]["sampler"], [[r["calls"], *r["kid_efflite0"]] for r in g]] for g in students]
+
+
+def plot(entries: list[dict], facts: dict, path: Path) -> bool:
+    """kid_efflite0 against network calls, a panel per kind of student, baselines in grey in each; False without matplotlib
+    (`pip install -e ".[bench]"`)."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -301,39 +364,41 @@ def plot(entries: list[dict], facts: dict, path: Path, named: int = 12) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     students = by_student(average(flat(entries)))
-    figure, axis = plt.subplots(figsize=(9, 5.5))
-    best = sorted((g for g in students if g[0]["kind"] == "method"), key=lambda g: min(r["kid_efflite0"][0] for r in g))[:named]
-    for g in students:
-        x, y = [r["calls"] for r in g], [r["kid_efflite0"][0] for r in g]
-        error = [r["kid_efflite0"][1] or 0 for r in g]
-        if g[0]["kind"] == "method":
-            axis.errorbar(x, y, error, marker="o", ms=3, lw=1, capsize=2, alpha=0.8, color=FAMILY_COLOURS.get(g[0]["family"], "tab:purple"), ls="--" if g[0]["sampler"] == "jump" else "-")
-        else:
-            style = {"teacher": "k-", "solver": "k:", "untrained": "k--"}[g[0]["kind"]]
-            axis.plot(x, y, style, marker="s", ms=3, lw=1, label=g[0]["who"])
-            axis.annotate(g[0]["who"], (x[-1], y[-1]), fontsize=7, xytext=(4, 2), textcoords="offset points")
-        if any(g is b for b in best):
-            axis.annotate(g[0]["who"], (x[0], y[0]), fontsize=7, xytext=(-4, 2), textcoords="offset points", ha="right")
-    for family, colour in FAMILY_COLOURS.items():
-        if any(g[0]["family"] == family for g in students):
-            axis.plot([], [], color=colour, label=family)
-    axis.set(xscale="log", yscale="log", xlabel="network calls per image", ylabel="kid_efflite0 to real images",
-             title=f"{facts['teacher']}: " + (f"{facts['max_calls']:,} training calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training"))
+    shown_in = panels(students) or {"baselines": []}
+    figure, axes = plt.subplots(1, len(shown_in), figsize=(4.6 * len(shown_in), 5.6), sharey=True, squeeze=False)
     ticks = sorted({r["calls"] for g in students for r in g})
-    axis.set_xticks(ticks, list(map(str, ticks)))
-    axis.minorticks_off()
-    axis.legend(fontsize=7)
+    for axis, (title, group) in zip(axes[0], shown_in.items()):
+        for g in students:
+            if g[0]["kind"] != "method":
+                style, marker = {"teacher": ("-", "s"), "solver": (":", "v" if g[0]["who"] == "unipc" else "^"), "untrained": ("--", "D")}[g[0]["kind"]]
+                axis.plot([r["calls"] for r in g], [r["kid_efflite0"][0] for r in g], style, marker=marker, ms=4, lw=1, color="0.45", label=g[0]["who"])
+        looks = {who: (f"C{i}", "osv^DPX*<>"[i % 10]) for i, who in enumerate(dict.fromkeys(g[0]["who"] for g in group))}
+        for i, g in enumerate(group):
+            colour, marker = looks[g[0]["who"]]
+            jump = g[0]["sampler"] == "jump"
+            axis.errorbar([r["calls"] * 1.03 ** (i - len(group) / 2) for r in g], [r["kid_efflite0"][0] for r in g], [r["kid_efflite0"][1] or 0 for r in g], marker=marker,
+                          ms=5, lw=1.2, capsize=2, color=colour, ls="--" if jump else "-", label=g[0]["who"] + " (jump)" * jump)
+        axis.set(xscale="log", yscale="log", xlabel="network calls per image", title=title)
+        axis.title.set_fontsize(10)
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.legend(fontsize=7.5, loc="upper right")
+    low, high = axes[0][0].get_ylim()
+    marks = [m for e in range(1, 7) for m in (10**e, 1.5 * 10**e, 2 * 10**e, 3 * 10**e, 5 * 10**e, 7 * 10**e) if low <= m <= high]
+    axes[0][0].set_yticks(marks, [f"{m:g}" if m < 10_000 else f"{m:,.0f}" for m in marks])
+    axes[0][0].set_ylabel("kid_efflite0 to real images")
+    figure.suptitle(f"{facts['teacher']}: " + (f"{facts['max_calls']:,} training calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training") + "; bars: spread over seeds", fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100, metadata={"Drawn from": digest(points(students))})
     plt.close(figure)
     return True
 
 
 # ------------------------------------------------------------------------------------------------------- all of it
-def credit(teacher: str) -> str:
-    """The notice that goes with pictures of a teacher's set, as the cards of its students have it."""
+def credit(facts: dict) -> str:
+    """The notice that goes with pictures of a teacher's set: the world's own, or as the cards of its students have it."""
     from zoo.hub.card import BUILT_IN
-    return BUILT_IN[teacher][2]
+    return facts["credit"] if "credit" in facts else BUILT_IN[facts["teacher"]][2]
 
 
 def known(here: Path) -> list[tuple[str, list[dict], dict]]:
@@ -345,11 +410,12 @@ def known(here: Path) -> list[tuple[str, list[dict], dict]]:
 def tables(here: Path) -> dict[tuple[str, str], str]:
     """What stands between the markers: (page from the clone's root, name of the markers) -> text."""
     boards = known(here)
-    full = "\n\n".join(f"{markdown(rows, facts)}\n\n![quality against calls]({name}/plot.png)\n\n![samples]({name}/samples.png)\n\n{credit(facts['teacher'])}"
+    full = "\n\n".join(f"{markdown(rows, facts)}\n\n![quality against calls]({name}/plot.png)\n\n![samples]({name}/samples.png)\n\n{credit(facts)}"
                        for name, rows, facts in boards)
     brief = "\n\n".join([*(short(rows, facts) for _, rows, facts in boards), so_far(boards)])
     page = "benchmarks/leaderboard/README.md"
-    return {(page, "leaderboard"): full, (page, "papers"): papers(boards[0][1], here), ("README.md", "leaderboard"): brief}
+    first = next((rows for _, rows, facts in boards if facts["teacher"] == "emoji"), boards[0][1])
+    return {(page, "leaderboard"): full, (page, "papers"): papers(first, here), ("README.md", "leaderboard"): brief}
 
 
 def draw(folder: Path, entries: list[dict], facts: dict, work: Path):
@@ -379,6 +445,8 @@ def main():
         draw(HERE / name, entries, facts, ROOT / "outputs/leaderboard" / name)
     for (page, name), text in tables(HERE).items():
         between(ROOT / page, name, text)
+    import curves
+    curves.main(curves.Config())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/leaderboard/run.py                                   # every image method, Fashion-MNIST, 120 s of training, 3 seeds
     python benchmarks/leaderboard/run.py --teacher emoji --methods dmd lcm --seeds 0 --max_calls 2_000_000
     python benchmarks/leaderboard/run.py --quick                           # the guard: two methods, one seed, minutes; fails loudly
+    python benchmarks/leaderboard/run.py --world avatars --teacher FOLDER   # a teacher of one's own; or --world cifar10 --data ... --test ...
 
 The budget is seconds of training (--time_budget) or network calls (--max_calls: samples x (forward 1, forward and backward 3,
 forward-mode derivative 2), the teacher's included). Everything else is the script's own default, or in --flags. Each student is
@@ -38,6 +39,7 @@ HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2
 sys.path[:0] = [str(ROOT), str(HERE)]
 import measures  # noqa: E402
 import pages  # noqa: E402
+import worlds  # noqa: E402
 
 from zoo import metrics, registry, rollout  # noqa: E402
 from zoo import process as processes  # noqa: E402
@@ -46,13 +48,18 @@ from zoo.hub.export import read_record  # noqa: E402
 
 COUNTS = (1, 2, 4, 8)             # network calls a student is measured at
 SOLVERS = {"dpmsolver++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+BUILT_IN = ("fashion", "emoji")
 CHUNK, SHOWN = 100, 8             # images sampled at once; images of a row in the picture
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
 class Config:
-    teacher: str = "fashion"            # fashion or emoji
+    teacher: str = "fashion"            # fashion or emoji; with --world a teacher's folder
+    world: str = ""                     # avatars or cifar10 (worlds.py): what a teacher of one's own was trained on
+    data: str = ""                      # of a world: its training pictures (default for avatars: those that ship)
+    test: str = ""                      # of cifar10: its test pictures
+    guidance: float = 0.0               # of a world's teacher (0: 2, as the shipped teachers have)
     methods: tuple[str, ...] = ()       # default: every image method
     seeds: tuple[int, ...] = (0, 1, 2)
     time_budget: float = 120.0          # seconds of training per student
@@ -70,12 +77,23 @@ class Config:
 
 def settle(cfg: Config) -> Config:
     """Defaults filled in. Raises UserError for what cannot work."""
+    if cfg.quick and cfg.world:
+        raise UserError(f"--quick is about the shipped Fashion-MNIST teacher: leave out --world {cfg.world}, or give it a small --max_calls")
     if cfg.quick:
         # Test images train here, because they ship: fine for a guard, not for a table.
         cfg = replace(cfg, teacher="fashion", methods=cfg.methods or ("dmd", "lcm"), seeds=(0,), samples=100, time_budget=0, max_calls=12_000,
                       teacher_steps=(8, 1), solver_steps=(4,), measure_every=0, flags=f"--data fashion:test {cfg.flags}".strip())
-    if cfg.teacher not in ("fashion", "emoji"):
-        raise UserError(f"--teacher {cfg.teacher}: the leaderboard knows the test data of fashion and emoji")
+    if cfg.world:
+        if cfg.world not in worlds.WORLDS:
+            raise UserError(f"--world {cfg.world}: there are {' and '.join(worlds.WORLDS)}")
+        if not (Path(cfg.teacher) / "model_index.json").is_file():
+            raise UserError(f"--teacher {cfg.teacher}: no folder of a pipeline; make one of {cfg.world} first, as {HERE.name}/gpu.sh does")
+        place, test = worlds.settle(cfg.world, cfg.data, cfg.test)
+        cfg = replace(cfg, teacher=str(Path(cfg.teacher).resolve()), data=place, test=test, guidance=cfg.guidance or 2.0)
+    elif cfg.teacher not in BUILT_IN:
+        raise UserError(f"--teacher {cfg.teacher}: the leaderboard knows the test data of {' and '.join(BUILT_IN)}; of a folder say --world {' or '.join(worlds.WORLDS)}")
+    elif given := [f"--{name}" for name in ("data", "test", "guidance") if getattr(cfg, name)]:
+        raise UserError(f"{' and '.join(given)} belong to --world: {cfg.teacher} has its own")
     if cfg.samples % 10 or cfg.samples < 20:
         raise UserError(f"--samples {cfg.samples}: give a multiple of 10, at least 20")
     rows = {m.name: m for m in registry.methods() if m.modality == "image" and m.path.is_file()}
@@ -83,7 +101,7 @@ def settle(cfg: Config) -> Config:
         if registry.method(name).name not in rows:
             raise UserError(f"{name} is a {registry.method(name).modality} method: this table is about images")
     budget = f"{cfg.max_calls / 1e6:g}Mcalls" if cfg.max_calls else f"{cfg.time_budget:g}s"
-    name = f"{cfg.teacher}-{budget}"
+    name = f"{cfg.world or cfg.teacher}-{budget}"
     parent = Path(tempfile.mkdtemp()) if cfg.quick else None
     results, work = cfg.results or (parent or HERE) / name, cfg.work or (parent / "runs" if parent else ROOT / "outputs/leaderboard" / name)
     return replace(cfg, methods=cfg.methods or tuple(rows), time_budget=0.0 if cfg.max_calls else cfg.time_budget,
@@ -98,8 +116,10 @@ class Board:
     def __init__(self, cfg: Config):
         self.folder = Path(cfg.results)
         (self.folder / "rows").mkdir(parents=True, exist_ok=True)
-        mine = {"teacher": cfg.teacher, "samples": cfg.samples, "time_budget": cfg.time_budget, "max_calls": cfg.max_calls,
+        mine = {"teacher": cfg.world or cfg.teacher, "samples": cfg.samples, "time_budget": cfg.time_budget, "max_calls": cfg.max_calls,
                 "reference_steps": cfg.teacher_steps[0], "flags": cfg.flags, "weights": fingerprint(cfg.teacher)}
+        if cfg.world:
+            mine |= {"guidance": cfg.guidance, "data": " ".join(worlds.digest(place) for place in (cfg.data, cfg.test) if place)}
         path = self.folder / "board.json"
         self.facts = json.loads(path.read_text()) if path.exists() else mine | {"hardware": hardware()}
         diff = [f"{k}: {self.facts.get(k)!r} -> {v!r}" for k, v in mine.items() if self.facts.get(k) != v]
@@ -140,8 +160,8 @@ def hardware() -> str:
 
 @functools.cache
 def fingerprint(teacher: str) -> str:
-    """Of a built-in teacher's weights: rows of another version of it do not compare."""
-    files = sorted((ROOT / "zoo/assets" / teacher / "teacher").rglob("*.safetensors"))
+    """Of the weights of a teacher, built-in or in a folder: rows of another version of it do not compare."""
+    files = sorted((ROOT / "zoo/assets" / teacher / "teacher" if teacher in BUILT_IN else Path(teacher)).rglob("*.safetensors"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
@@ -162,7 +182,12 @@ class World:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = backbones.load(cfg.teacher).to(self.device)
         g = torch.Generator().manual_seed(11)
-        if cfg.teacher == "fashion":
+        if cfg.world:
+            self.own = worlds.WORLDS[cfg.world](self, g)             # which refuses a teacher that cannot be guided
+            self.model.guidance = cfg.guidance
+            for part in ("cond", "uncond", "names", "groups", "real_images"):
+                setattr(self, part, getattr(self.own, part))
+        elif cfg.teacher == "fashion":
             self.label = torch.arange(self.n) % 10
             self.names = [f"class {i}" for i in self.label[:SHOWN].tolist()]
             self.cond, self.uncond = {"label": self.label}, {"label": torch.full((self.n,), 10)}
@@ -266,7 +291,10 @@ class World:
         same = torch.equal(images, self.reference)
         row = {"kid_efflite0": kid.value, "kid_low": kid.low, "kid_high": kid.high,
                "kid_teacher": None if same else measures.paired_kid(feats, self.reference_features).value}
-        if self.cfg.teacher == "fashion":
+        if self.cfg.world:
+            m = min(self.n, len(self.real))      # as many of each, which recall needs
+            row |= measures.manifold(self.real[:m], feats[:m]) | self.own.agree(images[: self.n], feats)
+        elif self.cfg.teacher == "fashion":
             row |= measures.manifold(self.real[: self.n], feats) | {"agreement": metrics.class_accuracy(images[: self.n], self.label)}
         else:
             row |= measures.manifold(self.real[self.target], feats) | {"agreement": metrics.retrieval(feats, self.real, self.target, (5,))["retrieval@5"]}
@@ -283,6 +311,8 @@ class Failed(Exception):
 def command(cfg: Config, name: str, seed: int, folder: Path) -> list[str]:
     budget = {"max_calls": cfg.max_calls, "time_budget": cfg.time_budget}
     words = {"teacher": cfg.teacher, "seed": seed, "output_dir": folder, **budget, "measure_every": cfg.measure_every, "sample_every": 0, "export": "last"}
+    if cfg.world:
+        words |= {"data": worlds.training(cfg.world, cfg.data, Path(cfg.work)), "guidance": cfg.guidance}
     return [sys.executable, str(registry.method(name).path), *(str(w) for k, v in words.items() for w in (f"--{k}", v)), *shlex.split(cfg.flags)]
 
 
@@ -445,7 +475,8 @@ def main(cfg: Config) -> Board:
     @functools.cache
     def world():
         w = World(cfg)
-        board.know(guidance=w.model.guidance, calls_per_teacher_step=w.per_step, precision="bf16 autocast" if w.model.bf16_on_cpu else "float32")
+        board.know(guidance=w.model.guidance, calls_per_teacher_step=w.per_step, precision="bf16 autocast" if w.model.bf16_on_cpu else "float32",
+                   **(w.own.facts(w.real) if cfg.world else {}))
         return w
     report = lambda: pages.table(board.entries(), board.folder / "leaderboard.csv")
     baselines(cfg, board, world)

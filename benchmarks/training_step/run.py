@@ -5,12 +5,14 @@
 
 Nothing is downloaded: networks are made from the configurations of diffusers classes, text embeddings and latents are random (as from a
 cache). Every case runs in a process of its own, so that peaks do not mix. The steps are those of the scripts in train_scripts/, through
-`Run`; only `plain` is written here, as one would for one model: three copies, two calls for guidance, one optimiser for each. Beside the steps:
-the derivatives of sCM and MeanFlow, AdamW's step fused and not, and one network plain, compiled, and compiled into CUDA graphs. Writes
-log-<device>.md and .json beside this file; --keep goes on with that file, for what the budget left out. Memory on a CPU is the process's growth,
-which counts what the allocator keeps."""
+`Run`; only `plain` is written here, as one would for one model: three copies, two calls for guidance, one optimiser for each; it rolls its
+student out to the same depths as the script, so that both make the same calls. Beside the steps: the derivatives of sCM and MeanFlow, AdamW's
+step fused and not, and one network plain, compiled, and compiled into CUDA graphs. Writes log-<device>.md and .json beside this file; --keep
+goes on with that file, for what the budget left out. Memory on a CPU is the process's growth, which counts what the allocator and libraries
+keep, and says little about tensors."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -44,16 +46,17 @@ TINY = dict(sample_size=16, in_channels=4, out_channels=4, block_out_channels=(6
 PRESETS = {                # network, batch, LoRA rank, and flags of every run
     "tiny": dict(unet=TINY, batch=4, lora=16, flags={}, steps=3, without=("dmd lora compiled",), networks=dict(mid_block_type=None)),   # compiling takes minutes on a CPU: blocks of one width
     "12gb": dict(unet=SD15, batch=1, lora=64, flags=dict(gradient_checkpointing=True, offload_averages=True), steps=6,
-                 only=("dmd lora", "lcm lora", "dmd lora compiled", "optimizers")),
+                 only=("dmd lora", "dmd lora shared", "dmd gan lora", "lcm lora", "dmd lora compiled", "optimizers")),
     "sd15-512": dict(unet=SD15, batch=4, lora=64, flags={}, steps=6),
     "sdxl-1024": dict(unet=SDXL, batch=1, lora=64, flags=dict(gradient_checkpointing=True), steps=4),
     "emoji": dict(trained=True, only=("derivatives",))}        # the embedded teacher: a trained network is far less stiff in time than random weights
 # name -> (script, options); "lora" takes the preset's rank, "full" trains all weights.
-STEPS = {"dmd lora": ("dmd", {}), "dmd lora compiled": ("dmd", dict(compile=True)), "dmd full": ("dmd", dict(lora=0)), "lcm lora": ("lcm", {}), "scm lora fd": ("scm", {}), "scm lora jvp": ("scm", dict(derivative="jvp")),
+STEPS = {"dmd lora": ("dmd", {}), "dmd lora shared": ("dmd", dict(share_sample=True)), "dmd gan lora": ("dmd", dict(gan=5e-3)),
+         "dmd lora compiled": ("dmd", dict(compile=True)), "dmd full": ("dmd", dict(lora=0)), "lcm lora": ("lcm", {}), "scm lora fd": ("scm", {}), "scm lora jvp": ("scm", dict(derivative="jvp")),
          "meanflow lora fd": ("meanflow", {}), "meanflow lora jvp": ("meanflow", dict(derivative="jvp"))}
 GUIDANCE, CRITIC_UPDATES = 5.0, 2
 # Every case, in the order in which the budget is spent: the first group of all presets, then the second.
-CASES = (("plain", "dmd lora", "dmd lora compiled", "optimizers", "networks", "dmd full", "lcm lora"),
+CASES = (("plain", "dmd lora", "dmd lora shared", "dmd lora compiled", "optimizers", "networks", "dmd full", "dmd gan lora", "lcm lora"),
          ("scm lora fd", "scm lora jvp", "meanflow lora fd", "meanflow lora jvp", "derivatives"))
 LONGEST = 180.0              # seconds of one case
 WARM = 6                     # steps of a compiled run before its times count: rollouts call the student on parts of a batch, each size a new kind of call
@@ -111,6 +114,10 @@ def backbone(preset: str, **changes):
         def forward(self, module, x, timestep, cond):
             return call(module, x, timestep, cond)
 
+        def head_shape(self):
+            blocks = self.module.config.block_out_channels
+            return blocks[-1], self.shape[-1] // 2 ** (len(blocks) - 1)
+
         def batches(self, images=False):
             def get(index):
                 index = index % 16
@@ -136,14 +143,16 @@ def held() -> float:
 
 
 class Breakdown:
-    """Seconds inside networks, by who was called and how, for one step that is not among the timed ones."""
+    """Seconds inside networks, by whose update it was, who was called and how, for one step that is not among the timed ones."""
 
     def __init__(self):
         self.rows: dict[str, list[tuple[float, int]]] = {}
+        self.of = ""
 
     @contextmanager
     def __call__(self):
         from zoo.denoiser import Denoiser
+        from zoo.run import Run
         real = Denoiser._raw
 
         def timed(net, x, *rest):
@@ -152,14 +161,17 @@ class Breakdown:
             out = real(net, x, *rest)
             wait()
             role = self.names.get(id(net.module), "teacher") if net.role is None else net.role
-            kind = f"{role}{' average' if net.weights else ''}, {'with' if out.requires_grad else 'without'} graph"
+            kind = f"{self.of}'s update: {role}{' average' if net.weights else ''}, {'with' if out.requires_grad else 'without'} graph"
             self.rows.setdefault(kind, []).append((time.perf_counter() - began, len(x)))
             return out
-        Denoiser._raw = timed
+        def update(run, trainee, *args):
+            self.of = trainee.name
+            return minimize(run, trainee, *args)
+        minimize, Run.minimize, Denoiser._raw = Run.minimize, update, timed
         try:
             yield
         finally:
-            Denoiser._raw = real
+            Run.minimize, Denoiser._raw = minimize, real
 
     def name(self, run):
         self.names = {id(t.net.module): n for n, t in run.trainees.items() if t.net.role is None}
@@ -218,7 +230,9 @@ def plain(preset: str) -> dict:
     import copy
 
     from diffusers import DDIMScheduler
-    spec = PRESETS[preset]
+
+    from zoo.run import Batch
+    spec, updates = PRESETS[preset], itertools.count(1)
     base = 0.0 if CUDA else held()
     teacher = network(preset)
     student, critic = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
@@ -247,8 +261,9 @@ def plain(preset: str) -> dict:
         return {k: v[index] for k, v in table.items()}, {k: v.expand(batch, *v.shape[1:]) for k, v in nothing.items()}
 
     def student_input(cond):
-        """As in the script: a depth per sample, the earlier of two draws; the steps before it run without gradient."""
-        depth = torch.minimum(torch.randint(4, (batch,), device=DEVICE), torch.randint(4, (batch,), device=DEVICE))
+        """As in the script, to the same depths: one per sample, the earlier of two draws; the steps before it run without gradient."""
+        draws = Batch({}, (), (0, next(updates)), batch, slice(0, batch), DEVICE)
+        depth = torch.minimum(draws.randint(4), draws.randint(4))
         t = torch.full((batch,), knots[0], device=DEVICE)
         x = torch.randn(batch, 4, size, size, device=DEVICE)
         for i in range(3):
@@ -304,9 +319,8 @@ def plain(preset: str) -> dict:
 
 
 def derivatives(preset: str) -> dict:
-    """d/ds of the network's velocity along the flow, three ways: relative error against float64 forward mode, and cost in forward passes."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """d/ds of the network's velocity along the flow, by forward mode through plain attention (torch's fused kernels have none) and by differences:
+    relative error against float64 forward mode, and cost in forward passes."""
     from zoo import backbones
     from zoo.calculus import total_derivative
     model = backbones.load(preset).to(DEVICE) if PRESETS[preset].get("trained") else backbone(preset)
@@ -314,7 +328,7 @@ def derivatives(preset: str) -> dict:
     g = torch.Generator().manual_seed(5)
     x, eps, t = fields["x0"], torch.randn(fields["x0"].shape, generator=g), torch.tensor([0.6])
 
-    def measured(how, dtype, h=5e-3, kernel=None):
+    def measured(how, dtype, h=5e-3):
         net = model.teacher
         net.module.to(dtype)
         cond = {k: v.to(DEVICE, dtype) for k, v in fields["cond"].items()}
@@ -326,9 +340,6 @@ def derivatives(preset: str) -> dict:
             if how == "forward":
                 with torch.no_grad():
                     return fn(start, at)
-            if kernel is not None:
-                with torch.no_grad(), sdpa_kernel(kernel):
-                    return torch.func.jvp(fn, (start, at), (along, torch.ones_like(at)))[1]
             return total_derivative(fn, (start, at), (along, torch.ones_like(at)), how, h)[1]
         out = once()                                          # warm-up
         if CUDA:
@@ -343,13 +354,7 @@ def derivatives(preset: str) -> dict:
         return out.double(), sorted(spent)[1], held() - before
 
     _, forward, _ = measured("forward", torch.float32)
-    rows = {}
-    results = {"jvp, math attention": measured("jvp", torch.float32)}
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] + [SDPBackend.CUDNN_ATTENTION] * CUDA
-    try:
-        results["jvp, fused attention"] = measured("jvp", torch.float32, kernel=fused)
-    except (RuntimeError, NotImplementedError) as error:
-        rows["jvp, fused attention"] = {"refused": str(error).strip().splitlines()[0][:90]}
+    rows, results = {}, {"jvp, math attention": measured("jvp", torch.float32)}
     for h in (2e-4, 1e-3, 5e-3, 2e-2):
         results[f"finite difference, h = {h:g}"] = measured("fd", torch.float32, h)
     exact, _, _ = measured("jvp", torch.float64)              # last: the weights stay in float64
@@ -518,7 +523,7 @@ def report(found: dict, left: list[str]) -> str:
                 lines.append(f"| {name} | {row['error']} | | | |")
                 continue
             ratio = lambda a, b, near: f"{a / b:.2f}" if near and b else ""
-            near, s = "seconds" in base and case.startswith(("dmd", "plain")), median(row["seconds"])
+            near, s = "seconds" in base and case.startswith(("dmd", "plain")) and "gan" not in case, median(row["seconds"])       # the plain step has no GAN
             name += f" (after {row['warm_up']:.0f} s of compiling and warming up)" if case.endswith("compiled") else ""
             lines.append(f"| {name} | {s:.3g} | {ratio(s, median(base['seconds']), near) if near else ''} | {row['peak_gb']:.2f} | "
                          f"{ratio(row['peak_gb'], base['peak_gb'], near) if near else ''} |")
@@ -548,7 +553,7 @@ def report(found: dict, left: list[str]) -> str:
             lines += ["", f"Total derivative along the flow, one sample (one forward pass: {cases['derivatives']['forward_seconds']:.3g} s); error against float64 forward mode:", "",
                       "| derivative | relative error | cost in forward passes | extra GB |", "|---|---|---|---|"]
             for name, r in cases["derivatives"]["rows"].items():
-                lines.append(f"| {name} | {r['refused']} | | |" if "refused" in r else f"| {name} | {r['error']:.1e} | {r['forwards']:.2f} | {r['extra_gb']:.2f} |")
+                lines.append(f"| {name} | {r['error']:.1e} | {r['forwards']:.2f} | {r['extra_gb']:.2f} |")
         elif "error" in cases.get("derivatives", {}):
             lines += ["", f"Derivatives: {cases['derivatives']['error']}"]
     return "\n".join(lines + ([f"\nLeft out when the budget was spent: {', '.join(left)}."] if left else [])) + "\n"

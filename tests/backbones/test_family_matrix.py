@@ -53,6 +53,14 @@ def test_the_table_says_what_failed_and_what_is_not_supported(matrix):
         matrix.refresh("no markers", rows)
 
 
+def test_the_table_says_which_adapters_stock_diffusers_does_not_load(matrix):
+    loads = row("sdxl", "dmd", "lora", lora_file="load_lora_weights")
+    assert matrix.adapters([loads, row("sdxl", "meanflow", "full", slot=True), row("dit", "dmd", "full")]) == []
+    said = matrix.adapters([loads, row("sdxl", "meanflow", "lora", slot=True), row("dit", "meanflow", "lora", slot=True), row("dit", "dmd", "lora")])
+    assert len(said) == 2 and said[0].startswith("- LoRA students of meanflow: ") and "two_time=True" in said[0]
+    assert said[1].startswith("- no `load_lora_weights` in the stock pipeline of dit: ")
+
+
 def test_outcomes(matrix):
     assert matrix.outcome(UserError("no")) == "unsupported" and matrix.outcome(ValueError("no")) == "failed"
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "train_scripts")]
+import last_layer  # noqa: E402
 import tiny_b  # noqa: E402
 
 from zoo import backbones, loading, losses, rollout, watch  # noqa: E402
@@ -129,6 +130,12 @@ def test_guidance_is_the_stock_pipelines_own(world, family):
             torch.testing.assert_close(mine, output, atol=2e-5 * float(output.abs().max()), rtol=0)
             plain = model.teacher(x, t, cond, to=model.pred)
             assert (plain - output).abs().max() > 1e-3 * output.abs().max()           # or the test would prove nothing
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_a_head_reads_what_the_output_layer_reads(world, family):
+    model = opened(world, family)
+    last_layer.check(model, model.conditions(PROMPTS))
 
 
 # ------------------------------------------------------------------------------------------------------- the second time
@@ -259,6 +266,8 @@ LIVES = [pytest.param(*case, id="-".join(map(str, case)), marks=[] if case == ("
 # The extra input of a member whose network embeds one time per token (the critic of dmd is told which step it judges), and two times.
 LIVES += [pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow)
           for case in (("wan22_ti2v", "dmd", 4), ("sd35_medium", "dmd", 0), ("flux2", "meanflow", 4), ("zimage", "meanflow", 0))]
+# A head on the last layer.
+LIVES += [pytest.param(*case, id="-".join(map(str, case)), marks=pytest.mark.slow) for case in (("qwen_image", "arcflow", 4), ("flux", "arcflow", 0))]
 
 
 @pytest.mark.parametrize("family,name,lora", LIVES)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent / "train_scripts")]
+import last_layer  # noqa: E402
 import tiny_a  # noqa: E402
 
 from zoo import backbones, losses  # noqa: E402
@@ -39,6 +40,7 @@ def family(name: str, prompted: bool = True, **more) -> Family:
 
 FAMILIES = {name: family(name, loads_lora=lora) for name, lora in {"sd15": True, "sd21": True, "sdxl": True, "pixart_sigma": False, "sana": True}.items()}
 FAMILIES |= {"dit": family("dit", prompted=False, output="pt"), "ddpm": family("ddpm", prompted=False, output="np")}
+FAMILIES |= {"sdxl_v": family("sdxl_v", loads_lora=True), "pixart_alpha_512": family("pixart_alpha_512")}
 GUIDED = [name for name in FAMILIES if name != "ddpm"]
 
 
@@ -176,7 +178,7 @@ def test_two_times(world, name):
 LIVES = [("dmd", 4), ("meanflow", 0)], [("dmd", 0), ("meanflow", 4)]
 FAST = [("sdxl", "dmd"), ("pixart_sigma", "meanflow"), ("dit", "dmd"), ("sana", "meanflow")]
 CASES = [pytest.param(name, *life, id=f"{name}-{life[0]}-{'lora' if life[1] else 'full'}", marks=[] if (name, life[0]) in FAST else pytest.mark.slow)
-         for i, name in enumerate(FAMILIES) for life in LIVES[i % 2]]
+         for i, name in enumerate(FAMILIES) for life in LIVES[i % 2][: 1 if name in tiny_a.MEMBERS else 2]]
 
 
 @pytest.mark.parametrize("name,script,lora", CASES)
@@ -194,7 +196,7 @@ def test_life(world, tmp_path, monkeypatch, name, script, lora):
     data = str(world[1] / ("prompts.txt" if script == "dmd" else "images"))
     cfg = train.Config(teacher=world[0](name), data="" if script == "dmd" and "prompt" not in family.what else data, batch=4, steps=2, lora=lora,
                        time_budget=0, output_dir=str(tmp_path / "run"), sample_every=0, measure_every=2, checkpoint_every=1, mixed_precision="no",
-                       guidance=0.0 if name == "ddpm" else 2.0, gradient_checkpointing=bool(lora) and script == "dmd" and name != "dit")
+                       guidance=0.0 if name == "ddpm" else 2.0, gradient_checkpointing=bool(lora) and script == "dmd")
     run = train.main(cfg)
     pristine = dict(getattr(DiffusionPipeline.from_pretrained(world[0](name)), run.model.part).named_parameters())
     base = {n.replace(".base_layer", ""): p for n, p in run.model.module.named_parameters() if "lora_" not in n and "cond_proj" not in n}
@@ -260,15 +262,39 @@ def test_a_schedule_of_another_kind_is_refused(world):
         backbones.load(str(world[1] / "edm"))
 
 
-def test_dit_refuses_what_would_be_recomputed_wrongly(world):
-    with pytest.raises(UserError, match="drop --gradient_checkpointing"):
-        opened(world, "dit").make("student", two_time=True, gradient_checkpointing=True)
+def test_recomputed_blocks_embed_the_second_time(world):
+    """DiT embeds its times inside its blocks: their recomputation sees the r of the forward pass, whatever was called since."""
+    model = opened(world, "dit")
+    cond, _ = conditions(model, FAMILIES["dit"].what)
+    x, t = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.6)
+    found = []
+    for checkpointing in (False, True):
+        net = model.make("student", two_time=True, gradient_checkpointing=checkpointing)
+        assert bool(net.module.gradient_checkpointing) is checkpointing
+        g = torch.Generator().manual_seed(1)
+        for name, p in net.trainable().items():
+            if name.endswith("cond_proj.weight"):
+                p.data.copy_(0.1 * torch.randn(p.shape, generator=g))
+        loss = net(x, t, cond, r=t / 2).square().mean()
+        with torch.no_grad():
+            net(x, t, cond, r=0 * t)
+        loss.backward()
+        found.append({n: p.grad for n, p in net.trainable().items() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("cond_proj" in n for n in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_transformers_say_that_they_have_no_last_layer_to_extend(world):
-    for name in ("dit", "sana"):
-        with pytest.raises(UserError, match=f"no submodule of the {name} family"):
-            opened(world, name).make("student", head=lambda layer: layer)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_head_reads_what_the_output_layer_reads(world, name):
+    model = opened(world, name)
+    last_layer.check(model, conditions(model, FAMILIES[name].what)[0])
+
+
+def test_a_network_whose_output_layer_is_not_known_takes_no_head():
+    custom = backbones.Custom(torch.nn.Conv2d(3, 3, 1), {"x0": torch.zeros(4, 3, 2, 2)}, shape=(3, 2, 2))
+    with pytest.raises(UserError, match="the custom family is not known: .* set the attribute `last` to its name"):
+        custom.make("student", head=lambda layer, width: layer)
 
 
 def test_an_unsupported_family_names_the_supported_ones(tmp_path):

@@ -5,6 +5,7 @@ parameters. Scheduler settings are those of the published models; SANA's and Pix
 the package."""
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ SIDE = 16
 # What a stock call needs besides a prompt: labels, or sizes where the stock defaults are those of the real networks.
 CALLS = {
     "pixart_alpha": {"use_resolution_binning": False},
+    "pixart_alpha_512": {"use_resolution_binning": False},
     "pixart_sigma": {"use_resolution_binning": False},
     "sana": {"use_resolution_binning": False, "height": 32, "width": 32},
     "dit": {"class_labels": [3, 207]},
@@ -90,7 +92,7 @@ def sd21():
     return _sd(DDIMScheduler(**SD_BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1))
 
 
-def sdxl():
+def sdxl(**schedule):
     """SDXL base 1.0: eps, Euler, two text encoders, pooled text and six sizes."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     unet = _sd_unet(cross_attention_dim=16 + 24, addition_embed_type="text_time", addition_time_embed_dim=8,
@@ -99,7 +101,7 @@ def sdxl():
     perturb(unet, *texts)
     return StableDiffusionXLPipeline(vae=autoencoder(), text_encoder=texts[0], text_encoder_2=texts[1], tokenizer=word_tokenizer(8),
                                      tokenizer_2=word_tokenizer(8), unet=unet, add_watermarker=False,
-                                     scheduler=EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading", steps_offset=1))
+                                     scheduler=EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading", steps_offset=1, **schedule))
 
 
 def _pixart(pipeline, **more):
@@ -117,6 +119,12 @@ def pixart_alpha():
     """PixArt-alpha at 1024: learned sigma, resolution and aspect-ratio conditions."""
     from diffusers import PixArtAlphaPipeline
     return _pixart(PixArtAlphaPipeline, sample_size=128, use_additional_conditions=True)
+
+
+def pixart_alpha_512():
+    """PixArt-alpha at 512: no size conditions."""
+    from diffusers import PixArtAlphaPipeline
+    return _pixart(PixArtAlphaPipeline, sample_size=8, use_additional_conditions=False)
 
 
 def pixart_sigma():
@@ -165,6 +173,7 @@ def sana():
 
 
 BUILDERS = {f.__name__: f for f in (sd15, sd21, sdxl, pixart_sigma, dit, ddpm, sana)}
+MEMBERS = {"sdxl_v": partial(sdxl, prediction_type="v_prediction"), "pixart_alpha_512": pixart_alpha_512}       # of the same families
 LARGE = {"pixart_alpha": pixart_alpha}       # the stock pipeline passes sizes to networks of 128 latents a side alone: too slow to train in a test
 
 
@@ -172,5 +181,5 @@ def build(name: str, folder: str | Path, seed: int = 0) -> Path:
     """Save the tiny pipeline `name` at `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        (BUILDERS | LARGE)[name]().save_pretrained(folder, safe_serialization=True)
+        (BUILDERS | MEMBERS | LARGE)[name]().save_pretrained(folder, safe_serialization=True)
     return Path(folder)

@@ -383,6 +383,37 @@ def test_a_store_grows_and_other_flags_are_refused(teacher, prompts, tmp_path):
         make_here(teacher, prompts, tmp_path / "mine", 12)
 
 
+def test_pairs_of_a_run_are_of_its_prompts_and_weights(teacher, tmp_path):
+    """Made in the run's own folder: where the same flags name other prompts or another network by now, they are not gone on with."""
+    import contextlib
+    edited = tmp_path / "p.txt"
+
+    def paired(where=teacher, **cfg):
+        model = opened(where, edited)
+        run = SimpleNamespace(model=model, out=tmp_path / "run", rank=0, world=1, device="cpu", cfg=SimpleNamespace(seed=0, dry_run=False, **cfg),
+                              accelerator=SimpleNamespace(autocast=contextlib.nullcontext, wait_for_everyone=lambda: None))
+        return pairs.stored(run, model.teacher, 4, 1, model.guidance)
+    edited.write_text("red heart\nblue star\n")
+    first = paired().get(torch.arange(4))
+    assert same(paired().get(torch.arange(4)), first)
+    edited.write_text("red heart\nblue face\n")                                # as many, so that every pair would find one
+    with pytest.raises(UserError, match="run/pairs holds other pairs .items: '2 prompts .*' there, '2 prompts .*' here"):
+        paired()
+    edited.write_text("red heart\nblue star\n")
+    other = shutil.copytree(teacher, tmp_path / "sd")
+    model = backbones.load(str(other))
+    with torch.no_grad():
+        model.pipe.unet.conv_out.weight[:] += 1
+    model.pipe.save_pretrained(other)
+    with pytest.raises(UserError, match="holds other pairs .*weights: "):
+        paired(str(other))
+    (tmp_path / "run" / "pairs" / "store.json").unlink()                        # of an earlier version: of what they are is not known
+    with pytest.raises(UserError, match="is no store of pairs"):
+        paired()
+    shutil.rmtree(tmp_path / "run" / "pairs")
+    assert same(paired().get(torch.arange(4)), first)
+
+
 @pytest.mark.slow
 def test_a_store_killed_at_any_moment_and_finished_by_two_ranks_has_the_same_bits(teacher, prompts, tmp_path):
     whole = store(teacher, prompts, tmp_path / "whole", "--pairs", "64", "--trajectory")

@@ -51,6 +51,24 @@ def test_every_line_of_a_configuration_counts(config):
         assert str(args[key]).lower() == str(told[key]).lower(), key
 
 
+@pytest.mark.slow
+def test_the_environment_of_one_gpu_changes_nothing(tmp_path, monkeypatch):
+    """The one configuration that torchrun does not start."""
+    import train_lcm
+    from test_ranks import files
+
+    def trained(name):
+        return train_lcm.main(train_lcm.Config(teacher="toy", batch=8, steps=2, time_budget=0, sample_every=0, measure_every=0, export="last", mixed_precision="no",
+                                               output_dir=str(tmp_path / name)))
+    trained("plain")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")              # with 1 of them, `Run` would take all cores under a configuration
+    for name, value in environment("1gpu.yaml").items():
+        monkeypatch.setenv(name, value)
+    run, one, two = trained("told"), files(tmp_path / "plain"), files(tmp_path / "told")
+    assert run.world == 1 and not run.sharded and run.engine is None
+    assert one.keys() == two.keys() and all(bool((v == two[f][k]).all()) for f in one for k, v in one[f].items())
+
+
 def test_what_cannot_be_honoured_is_refused(monkeypatch):
     for name, value in environment("8gpu_fsdp2.yaml").items():
         monkeypatch.setenv(name, value)

@@ -18,6 +18,12 @@ COMPARED = [("full", "dmd", dict(gan=0.01, accumulate=2, batch=8)), ("lora", "dm
             ("jvp", "meanflow", dict(derivative="jvp")), ("taps", "ladd", dict()), ("blocks", "dmd", dict(teacher="sd")),
             ("blocks-lora", "dmd", dict(teacher="sd", lora=2, gradient_checkpointing=True))]
 
+# Two steps of every method, whole on each rank; self_forcing's are one of its initialisation and one of its rollouts.
+QUICK = dict(batch=8, steps=2, export="last")
+WHOLE = {"sdtt": dict(teacher="toy", first=8, last=4, round_steps=1),
+         "rcm": dict(derivative="jvp"),        # its differences over 1e-4 are at the last bits of the network's values
+         "self_forcing": dict(teacher="toy-video", batch=4, ode_steps=1, ode_substeps=1, lr=2e-5, critic_lr=2e-5)}
+
 
 def options(folder, teachers: Path, name: str, more: dict, **others) -> dict:
     """Options of a run, the tiny pipeline in place of the teacher "sd"."""
@@ -25,6 +31,14 @@ def options(folder, teachers: Path, name: str, more: dict, **others) -> dict:
     if out["teacher"] == "sd":
         out |= {"teacher": str(teachers / "sd"), "data": str(teachers / "prompts.txt"), "batch": 4, "mixed_precision": "no"}
     return out
+
+
+def short_runs() -> dict[str, tuple[str, dict]]:
+    """name -> (method, options): every registered method; DMD2 with adapters, GAN head, micro-batches and shared samples, and of a pipeline."""
+    from tiny import TINY
+    runs = {m.name: (m.name, QUICK | (TINY | WHOLE).get(m.name, {})) for m in registry.methods()}
+    return runs | {"lora": ("dmd", QUICK | dict(lora=4, gan=0.01, share_sample=True, accumulate=2)),
+                   "blocks": ("dmd", QUICK | dict(teacher="sd", lora=2, gradient_checkpointing=True))}
 
 
 def alone(method: str, options: dict):
@@ -96,28 +110,49 @@ def test_networks_cut_over_two_ranks_train_as_on_one(tmp_path, teachers):
     assert distance(files(one / "full"), files(two / "back")) < 2e-4
 
 
-@pytest.mark.slow
-def test_whole_networks_on_two_ranks(tmp_path, teachers):
-    """The DDP configuration's environment: a checkpoint of one rank goes on on two."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone("dmd", options(one, teachers, "lora", COMPARED[1][2], steps=4))
-    shutil.copytree(one / "lora", two / "lora")
-    torchrun("8gpu_ddp.yaml", [{"method": "dmd", "sharded": False, "options": options(two, teachers, "lora", COMPARED[1][2], steps=8)}])
-    alone("dmd", options(one, teachers, "lora", COMPARED[1][2], steps=8))
-    assert distance(files(one / "lora"), files(two / "lora")) < 2e-4
+@pytest.fixture(scope="module")
+def single(teachers, tmp_path_factory):
+    """Files of the checkpoint that one rank leaves, by the name of a short run."""
+    folder, left = tmp_path_factory.mktemp("single"), {}
+
+    def of(name: str) -> dict:
+        if name not in left:
+            method, more = short_runs()[name]
+            alone(method, options(folder, teachers, name, more))
+            left[name] = files(folder / name)
+        return left[name]
+    return of
+
+
+def launched(config: str, jobs: list[dict]) -> set[str]:
+    """Names of the runs that ended on two ranks (many_runs.py asserts their number)."""
+    rows = (json.loads(line[5:]) for line in torchrun(config, jobs).splitlines() if line.startswith("done "))
+    return {Path(row["run"]).name for row in rows}
 
 
 @pytest.mark.slow
-def test_every_other_method_runs_cut(tmp_path, teachers):
-    """Two steps of each registered method, its networks kept gathered between forward and backward (the other FSDP2 configuration)."""
-    from tiny import TINY
-    seen = {m for _, m, _ in COMPARED}
-    jobs = []
-    for method in registry.methods():
-        if method.name in seen or method.name in REFUSED or method.name == "sdtt":
-            continue
-        jobs.append({"method": method.name, "sharded": True, "options": options(tmp_path, teachers, method.name, TINY.get(method.name, {}), steps=2, export="last")})
-    jobs.append({"method": "sdtt", "sharded": True, "options": options(tmp_path, teachers, "sdtt", dict(first=8, last=4, round_steps=1), steps=2, export="last")})
+def test_every_method_on_two_ranks_is_the_one_of_one_rank(tmp_path, teachers, single):
+    """The DDP configuration's environment: two steps of each registered method at equal global batch leave the same checkpoint (see `distance`).
+    A checkpoint of two ranks goes on on one, and that one's on two."""
+    runs = short_runs()
+    job = lambda name, **more: {"method": runs[name][0], "sharded": False, "options": options(tmp_path, teachers, name, runs[name][1], **more)}
+    assert launched("8gpu_ddp.yaml", [job(name) for name in runs]) == set(runs) > {"self_forcing", "sdtt", "twinflow"}
+    apart = {name: distance(single(name), files(tmp_path / name)) for name in runs}
+    assert all(d < 2e-4 for d in apart.values()), apart
+    method, more = runs["lora"]
+    alone(method, options(tmp_path, teachers, "lora", more, steps=4))
+    launched("8gpu_ddp.yaml", [job("lora", steps=6)])
+    alone(method, options(tmp_path / "one", teachers, "lora", more, steps=6))
+    assert distance(files(tmp_path / "one/lora"), files(tmp_path / "lora")) < 2e-4
+
+
+@pytest.mark.slow
+def test_every_other_method_cut_is_the_one_of_one_rank(tmp_path, teachers, single):
+    """The same two steps of each registered method that FSDP2 takes, networks kept gathered between forward and backward (its other configuration)."""
+    seen = {m for _, m, _ in COMPARED} | set(REFUSED)
+    runs = {name: how for name, how in short_runs().items() if how[0] not in seen}
+    jobs = [{"method": method, "sharded": True, "options": options(tmp_path, teachers, name, more)} for name, (method, more) in runs.items()]
     jobs.append({"method": "lcm", "sharded": True, "options": options(tmp_path, teachers, "bf16", dict(grid=10, mixed_precision="bf16"), steps=2)})
-    assert len(jobs) >= 14
-    assert torchrun("8gpu_fsdp2_keep.yaml", jobs).count("done") == len(jobs)
+    assert launched("8gpu_fsdp2_keep.yaml", jobs) == {*runs, "bf16"} and len(jobs) >= 14
+    apart = {name: distance(single(name), files(tmp_path / name)) for name in runs}
+    assert all(d < 2e-4 for d in apart.values()), apart

@@ -25,8 +25,10 @@ from zoo.run import parse  # noqa: E402
 def test_every_row_serves_a_script_and_names_its_source():
     families = {value.partition(":")[0] for value in backbones.FAMILIES.values()}
     configs = {m.name: importlib.import_module(m.path.stem).Config for m in registry.methods() if m.modality in ("image", "video")}
+    assert families - recipes.SIZES.keys() == {"ltx"} and recipes.SIZES.keys() <= families
     for (family, kind), row in recipes.RECIPES.items():
         users = [c for n, c in configs.items() if kind in (n, registry.method(n).family)]
+        row = users[0].recipes[row] if isinstance(row, str) else row
         assert family in families and users and row["source"]
         for key in set(row) - {"source"}:
             assert any(key in recipes._fields(c) for c in users), (family, kind, key)
@@ -38,9 +40,9 @@ def test_auto_is_the_recipe_of_the_teachers_family(tmp_path, capsys):
     import tyro
     folder = str(tiny_a.build("sdxl", tmp_path / "sdxl"))
     cfg = parse(train_dmd.Config, ["--recipe", "auto", "--teacher", folder, "--batch", "16"], tyro)
-    assert (cfg.lr, cfg.critic_updates, cfg.guidance, cfg.batch, cfg.time_budget) == (5e-7, 5, 8.0, 16, 0.0)
+    assert (cfg.lr, cfg.lora, cfg.critic_updates, cfg.guidance, cfg.batch, cfg.accumulate, cfg.time_budget) == (5e-5, 64, 5, 8.0, 16, 4, 0.0)
     said = capsys.readouterr().err
-    assert "recipe auto: DMD2" in said and "deviates: batch = 16 (recipe 128)" in said
+    assert "recipe auto: DMD2" in said and "deviates: batch = 16 (recipe 128)" in said and "  lora = 64: published" in said
     cfg = parse(train_lcm.Config, [f"--teacher={folder}", "--recipe=auto"], tyro)
     assert (cfg.lora, cfg.lr, cfg.steps) == (64, 1e-4, 1000)
     wan = str(tiny_b.build("wan", tmp_path / "wan"))
@@ -64,7 +66,134 @@ def test_a_run_without_a_recipe_is_told_what_was_published(tmp_path, capsys):
 
 def test_a_script_that_moves_its_own_times_is_not_moved_twice():
     import train_rcm
-    assert "shift" in recipes._fields(train_rcm.Config) and "flow_shift" not in recipes.published("flux", "rcm", recipes._fields(train_rcm.Config))
+    assert "shift" in recipes._fields(train_rcm.Config) and "flow_shift" not in recipes.published("flux", train_rcm.Config)
+
+
+# ------------------------------------------------------------------------------------------------------- one GPU
+def resolved(script, folder, *words):
+    import tyro
+    config = importlib.import_module(f"train_{script}").Config
+    return parse(config, ["--recipe", "auto", "--teacher", str(folder), *words], tyro)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder of a tiny teacher, as it is asked for; and of prompts, pictures and clips."""
+    root = tmp_path_factory.mktemp("recipes")
+
+    def folder(name):
+        built = tiny_a if name in tiny_a.BUILDERS else tiny_b
+        return root / name if (root / name).exists() else built.build(name, root / name)
+    (root / "prompts.txt").write_text("a red heart\na blue cat\na green tree\na star\n")
+    return folder, root
+
+
+def test_auto_is_the_scripts_own_recipe_of_the_same_source(tiny, capsys):
+    import train_dmd
+    (folder, root), own = tiny, train_dmd.Config.recipes
+    resolved("dmd", folder("sd15"))
+    said = capsys.readouterr().err
+    assert "  batch = 2048: published" in said and "  accumulate = 256: ours: 8 at a time" in said and "batch x steps are 8.0 million samples" in said
+    for name, recipe in (("sd15", "sd15"), ("sdxl", "sdxl-4step-lora")):
+        cfg = resolved("dmd", folder(name))
+        assert all(getattr(cfg, k) == v for k, v in own[recipe].items() if k != "source")
+    cfg = resolved("arcflow", folder("qwen_image"))
+    assert (cfg.batch, cfg.lora, cfg.flow_shift, cfg.student_times, cfg.steps) == (16, 256, 3.2, (1.0, 0.5), 15_000)
+    # Prompts are no pictures: the term that needs them is left out, and said to be.
+    capsys.readouterr()
+    assert resolved("dmd", folder("sdxl"), "--data", str(root / "prompts.txt")).gan == 0
+    assert "  gan = 0.0: ours: published: 0.005, which needs pictures, and --data holds prompts alone" in capsys.readouterr().err
+    (root / "prompts.csv").write_text("caption\na red heart\n")
+    assert recipes.prompts_only(str(root / "prompts.csv")) and not recipes.prompts_only(str(root)) and not recipes.prompts_only("user/name")
+
+
+def test_what_is_not_published_is_said_to_be_ours(tiny, monkeypatch, capsys):
+    """Qwen-Image-Lightning publishes its shift alone; Wan's published rate is for full weights, which do not fit."""
+    folder, _ = tiny
+    cfg = resolved("dmd", folder("qwen_image"))
+    said = capsys.readouterr().err.splitlines()
+    assert (cfg.flow_shift, cfg.lora, cfg.base_bits, cfg.gradient_checkpointing, cfg.time_budget, cfg.accumulate) == (3.0, 64, 8, True, 0.0, cfg.batch)
+    whose = {line.split(" = ")[0].strip(): line.split(": ", 1)[1] for line in said if " = " in line}
+    assert whose.pop("flow_shift") == "published" and "guidance" in whose
+    assert all(whose.pop(k).startswith("ours: ") for k in ("batch", "lr", "critic_lr", "critic_updates", "steps", "lora", "base_bits", "accumulate"))
+    resolved("dmd", folder("sd3"))
+    assert "flow_shift = 0.0: the teacher's own scheduler" in capsys.readouterr().err
+    cfg = resolved("dmd", folder("wan"))
+    assert (cfg.lora, cfg.lr, cfg.batch, cfg.accumulate) == (64, recipes.LORA_RATE, 6, 6)
+    assert "lr = 5e-05: ours: for the LoRA; published for full weights: 2e-06" in capsys.readouterr().err
+    monkeypatch.setattr(recipes, "memory", lambda: (141.0, "a larger one"))
+    cfg = resolved("dmd", folder("wan"))
+    assert (cfg.lora, cfg.lr, cfg.base_bits) == (0, 2e-6, 0)
+
+
+def test_flags_are_what_they_are(tiny, monkeypatch):
+    """Settings that follow from others follow from those of the command line, and from the number of ranks."""
+    folder, _ = tiny
+    cfg = resolved("dmd", folder("sd15"), "--lora=32")
+    assert (cfg.lora, cfg.lr, cfg.batch, cfg.accumulate) == (32, recipes.LORA_RATE, 2048, 256)
+    cfg = resolved("dmd", folder("sdxl"), "--batch", "6", "--lora", "0", "--gradient_checkpointing")
+    assert (cfg.lora, cfg.batch, cfg.accumulate) == (0, 6, 2)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert resolved("dmd", folder("sdxl")).accumulate == 4
+    monkeypatch.setattr(recipes, "memory", lambda: (24.0, "a smaller one"))
+    cfg = resolved("dmd", folder("sd15"))
+    assert (cfg.lora, cfg.accumulate) == (64, 2048 // 8 // 2)
+
+
+# Teachers for which a script's own recipes are; the first of a family for `auto`.
+TEACHERS = {"sd": "sd15", "pixart": "pixart_sigma", "pixel": "ddpm"}
+OWN = {"dmd": {"sdxl-4step": "sdxl", "sdxl-4step-lora": "sdxl"}, "arcflow": {"qwen-image": "qwen_image", "flux": "flux"}, "decoupled_dmd": {"cdm": "sd3"},
+       "flow_map": {"cifar10": "ddpm"}, "ladd": {"fastgen": "wan", "gdd-ffhq": "ddpm"}, "meanflow": {"imagenet-b4": "dit"}, "progressive": {"cifar10": "ddpm"},
+       "rcm": {"wan-1.3b": "wan"}, "reflow": {"cifar10": "ddpm", "cifar10-rf++": "ddpm"}, "scm": {"cifar10": "ddpm"}, "self_forcing": {"wan": "wan"},
+       "tscd": {"pcm-sdxl": "sdxl"}, "twinflow": {"sd35": "sd3"}}
+METHODS = [m for m in registry.methods() if m.modality in ("image", "video")]
+EVERY = [(m.name, r, OWN.get(m.name, {}).get(r, "sd15")) for m in METHODS for r in importlib.import_module(m.path.stem).Config.recipes]
+EVERY += [(name, "auto", TEACHERS.get(family, family)) for (family, kind), row in recipes.RECIPES.items() if not isinstance(row, str) or family != "sd"
+          for name in [kind if kind in [m.name for m in METHODS] else "dmd" if kind == "distribution matching" else "arcflow" if family == "flux" else "lcm"]]
+EVERY += [("meanflow", "auto", "flux")]         # two times, which no shift moves
+FAST = {("arcflow", "qwen-image", "qwen_image"), ("dmd", "auto", "sd15")}
+
+
+@pytest.mark.parametrize("script,recipe,teacher", [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in dict.fromkeys(EVERY)])
+def test_every_recipe_runs_dry_on_its_family(tiny, tmp_path, capsys, script, recipe, teacher):
+    """All of a recipe is accepted by the script, the family and the run, up to step 1."""
+    import tyro
+    folder, root = tiny
+    method = registry.method(script)
+    seen = method.needs.startswith("images") or "gan" in recipe or recipe.startswith("sdxl")
+    data = pictures(root, teacher in ("wan", "cogvideox")) if seen else root / "prompts.txt"
+    module = importlib.import_module(f"train_{script}")
+    words = ["--teacher", str(folder(teacher)), "--recipe", recipe, "--output_dir", str(tmp_path / "run"), "--dry_run", "--mixed_precision", "no"]
+    words += ["--data", str(data)] * (teacher not in ("ddpm", "dit") or method.needs.startswith("images"))
+    words += SMALL.get((script, recipe), []) + (["--guidance", "1"] if teacher == "ddpm" else [])
+    cfg = parse(module.Config, words, tyro)
+    preset = recipes.automatic(module.Config, words) if recipe == "auto" else module.Config.recipes[recipe]
+    given = recipes._given(words)
+    assert all(getattr(cfg, k) == v for k, v in preset.items() if k not in ("source", "origins", *given))
+    run = module.main(cfg)
+    assert run.step == 0 and f"global batch {cfg.batch}" in capsys.readouterr().out
+
+
+SMALL = {("self_forcing", "wan"): ["--chunk", "1"], ("self_forcing", "auto"): ["--chunk", "1"]}
+
+
+def pictures(root, moving):
+    """A folder of captioned, labelled pictures, or clips."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+    folder = root / ("clips" if moving else "images")
+    if not folder.exists():
+        folder.mkdir()
+        g, rows = np.random.default_rng(0), []
+        for i in range(6):
+            frames = [Image.fromarray(g.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(17 if moving else 1)]
+            name = f"{i}.{'gif' if moving else 'png'}"
+            frames[0].save(folder / name, **dict(save_all=True, append_images=frames[1:], duration=100) if moving else {})
+            rows.append({"file_name": name, "caption": f"a red tree {i}", "label": i % 5})
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------------- the shift

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from zoo import UserError, backbones, critics, rollout
+from zoo.process import RectifiedFlow
 from zoo.toy import sliced_wasserstein
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent / "train_scripts")]
@@ -87,6 +88,127 @@ def test_reference_values():
     for critic, student in script.LOSSES.values():
         assert script.adversarial_loss(critic, high, low) < 0.1 < script.adversarial_loss(critic, low, high)     # positive = real
         assert script.adversarial_loss(student, high) < script.adversarial_loss(student, low)
+
+
+# ------------------------------------------------------------------------------------------------------------- closed forms, float64
+RF = RectifiedFlow()
+REAL, MINE = (1.0, 0.7), (-0.4, 0.5)                          # mean and std of the data and of a student, in one dimension
+
+
+def points(law, t, n=8192):
+    """x_t of N(mean, std^2) noised to t on the flow path: n points [n, 1] of equal mass at its quantiles, and its mean and variance."""
+    mean, var = (1 - t) * law[0], ((1 - t) * law[1]) ** 2 + t**2
+    z = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    return mean + var**0.5 * z[:, None], mean, var
+
+
+def log_ratio(t, real, mine):
+    """(c0, c1, c2) of log p_t / q_t = c0 + c1 x + c2 x^2."""
+    (_, mp, vp), (_, mq, vq) = points(real, t), points(mine, t)
+    return (mq**2 / vq - mp**2 / vp + math.log(vq / vp)) / 2, mp / vp - mq / vq, (1 / vq - 1 / vp) / 2
+
+
+def fitted(objective):
+    """Coefficients of the quadratic logit that minimises `objective(logit)`."""
+    c = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    logit = lambda x: c[0] + c[1] * x + c[2] * x**2
+    optimiser = torch.optim.LBFGS([c], max_iter=300, tolerance_grad=1e-11, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    def closure():
+        optimiser.zero_grad()
+        loss = objective(logit)
+        loss.backward()
+        return loss
+    optimiser.step(closure)
+    return c.detach(), objective(logit).item()
+
+
+@pytest.mark.parametrize("real,mine,t", [((1, 1), (-1, 1), 0.0), (REAL, MINE, 0.2), (REAL, MINE, 0.6)])
+def test_the_best_discriminator_is_the_log_ratio_of_the_noised_laws(real, mine, t):
+    """Sheet, GDD (its 1-D optimum) and 0.7: l* = log p/q, 2x for N(1, 1) against N(-1, 1). Mutation: the sides swapped learn its negative."""
+    y, x = points(real, t)[0], points(mine, t)[0]
+    expected = torch.tensor(log_ratio(t, real, mine), dtype=torch.float64)
+    best, loss = fitted(lambda logit: script.adversarial_loss(critics.discriminator, [logit(y)], [logit(x)]))
+    assert (best - expected).abs().max() < 2e-3 * max(1, expected.abs().max()) and loss < 2 * math.log(2) - 1e-3
+    if t == 0:
+        assert (best - torch.tensor([0.0, 2.0, 0.0])).abs().max() < 2e-3
+    swapped, _ = fitted(lambda logit: script.adversarial_loss(critics.discriminator, [logit(x)], [logit(y)]))
+    assert (swapped + expected).abs().max() < 2e-3 * max(1, expected.abs().max())
+
+
+def test_against_the_data_themselves_the_best_discriminator_knows_nothing():
+    """Sheet, LADD: where x is real, equal logits, 2 log 2 (softplus) and 2 (hinge) are the least any discriminator pays."""
+    y = points(REAL, 0.4)[0]
+    for (critic, _), least in zip((script.LOSSES["softplus"], script.LOSSES["hinge"]), (2 * math.log(2), 2.0)):
+        best, loss = fitted(lambda logit: script.adversarial_loss(critic, [logit(y)], [logit(y)]))
+        assert best.abs().max() < 1e-6 and abs(loss - least) < 1e-9
+        assert script.adversarial_loss(critic, [2 * y], [2 * y]) > least + 0.1
+
+
+@pytest.mark.parametrize("name", ["softplus", "hinge"])
+def test_a_student_against_the_best_discriminator_becomes_the_data(name):
+    """(1.000, .700) from (-.4, .5), a linear student, the log ratio as discriminator, t ~ U(.1, .9). Mutation: a student that pays for being
+    taken for real runs away."""
+    z, eps, u = torch.quasirandom.SobolEngine(3, scramble=True, seed=0).draw(2048, dtype=torch.float64).clamp(1e-9, 1 - 1e-9).unbind(1)
+    z, eps, t = torch.special.ndtri(z)[:, None], torch.special.ndtri(eps)[:, None], (0.1 + 0.8 * u)[:, None]
+    def trained(steps, sign):
+        m, s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in MINE)
+        for _ in range(steps):
+            (mp, vp), (mq, vq) = (((1 - t) * a, ((1 - t) * b) ** 2 + t**2) for a, b in (REAL, (m.detach(), s.detach())))
+            x = RF.noise(m + s * z, eps, t[:, 0])
+            logit = ((x - mq) ** 2 / vq - (x - mp) ** 2 / vp + (vq / vp).log()) / 2
+            (sign * script.adversarial_loss(script.LOSSES[name][1], [logit])).backward()
+            with torch.no_grad():
+                for p in (m, s):
+                    p -= 0.3 * p.grad.clamp(-1, 1)
+                    p.grad = None
+        return m.item(), s.item()
+    mean, std = trained(250, 1)
+    assert abs(mean - 1) < 0.01 and abs(std - 0.7) < 0.01
+    assert trained(20, -1)[0] < -1
+
+
+def test_approximate_r1_is_the_gradients_square_and_holds_the_discriminator_back():
+    """E |l(y + a n) - l(y)|^2 = a^2 l'(y)^2 + 3 a^4 l''^2 / 4 for a quadratic logit; the slope of the best linear one meets its closed
+    condition, below 2. Mutation: subtracted, the term drives the slope up."""
+    n = points((0.0, 1.0), 0.0)[0]
+    a, c1, c2, y = 0.3, 1.5, -0.4, 0.8
+    logit = lambda x: c1 * x + c2 * x**2
+    exact = a**2 * (c1 + 2 * c2 * y) ** 2 + 3 * a**4 * c2**2
+    assert abs(script.approximate_r1([logit(y + 0 * n)], [logit(y + a * n)]).item() - exact) < 1e-3 * exact
+    (y, *_), (x, *_) = points((1, 1), 0.0), points((-1, 1), 0.0)
+    moved = a * n[torch.randperm(len(n), generator=torch.Generator().manual_seed(0))]
+    def slope(gamma):
+        w = torch.ones((), dtype=torch.float64, requires_grad=True)
+        for _ in range(400):
+            loss = script.adversarial_loss(critics.discriminator, [w * y], [w * x]) + gamma * script.approximate_r1([w * y], [w * (y + moved)])
+            w = (w - 0.5 * torch.autograd.grad(loss, w)[0]).detach().requires_grad_()
+        return w.item()
+    w = slope(1.0)
+    left = -(torch.sigmoid(-w * y) * y).mean() + (torch.sigmoid(w * x) * x).mean() + 2 * a**2 * w
+    assert left.abs() < 1e-3 and 0.5 < w < 1.9
+    assert abs(slope(0.0) - 2) < 2e-2 and slope(-0.05) > 2.1
+
+
+def test_the_students_gradient_is_exact_through_the_frozen_teacher(tiny, monkeypatch):
+    """Sheet: the teacher gets no gradient and passes it to x, the same one to a generated and to a real sample at the same (t, eps): against
+    differences of the loss, in float64. Mutation: other noise is another gradient."""
+    model = tiny("pixel")
+    D = model.discriminator(told=True)
+    model.module.double(), D.head.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)        # the heads read their features as float32
+    g = torch.Generator().manual_seed(0)
+    y, eps, other, d = (torch.randn(2, *model.shape, generator=g, dtype=torch.float64) for _ in range(4))
+    t, s = torch.tensor([0.3, 0.6], dtype=torch.float64), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    cond = model.batches().get(torch.tensor([0, 1]))["cond"]
+    loss = lambda x, eps=eps: script.adversarial_loss(critics.generator, D.judge(model.process.noise(x, eps, t), t, cond, s))
+    def gradient(x, *noise):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(x, *noise), x)[0]
+    slope, h = (gradient(y) * d).sum(), 1e-5
+    differences = (loss(y + h * d) - loss(y - h * d)) / (2 * h)
+    assert abs(slope) > 1e-6 and abs(slope - differences) < 1e-6 * abs(slope)
+    assert torch.equal(gradient(y), gradient(y.clone())) and all(p.grad is None for p in model.module.parameters())
+    assert abs((gradient(y, other) * d).sum() - differences) > 1e-3 * abs(slope)
 
 
 def test_times_are_drawn_with_their_weights():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ class Backbone:
     shift: the stock scheduler's k of `times.shifted` (flow matching);
     folds_guidance: the stock pipelines leave guidance alone when the network has `time_cond_proj_dim` (Stable Diffusion);
     stock_call: what a stock call must be told besides the number of steps, e.g. {"guidance_scale": 1.0};
-    pipeline_tag: the task of its students on the Hub; style: the LoRA in the teacher's weights (style.add_style), if any."""
+    pipeline_tag: the task of its students on the Hub; style: the LoRA in the teacher's weights (style.add_style), if any;
+    bits: of the packed layers of the base (zoo.quantized), 0 where all are as loaded."""
 
     name: str
     family: str
@@ -64,13 +66,15 @@ class Backbone:
     tap = "mid_block"
     part = "unet"             # subfolder of the network in an exported folder
     watched: tuple[int, int] | None = None      # prompts and seeds of each that a run samples to measure (None: as many as pictures take)
-    last: tuple[str, str] | None = ("conv_act", "conv_out")       # the output layer, after the submodule that feeds it
+    last: str | None = "conv_out"                # the output layer
+    patch: tuple[int, ...] = ()                 # of networks whose output layer makes tokens: places of a sample that one covers, per axis
     time_embeddings: tuple[str, ...] = ("time_embedding",)
     shift: float = 1.0
     folds_guidance = False
     stock_call: dict = {}
     pipeline_tag = "unconditional-image-generation"
     style = None
+    bits = 0
     takes_guidance = True     # whether there is an unconditional half, or an input for the scale
     storage = Storage()       # where encoded prompts and pictures are kept; a run sets its own
     bf16_on_cpu = False       # whether bf16 autocast is faster on a CPU (measured: convolutional UNets gain, a small MLP loses)
@@ -86,18 +90,22 @@ class Backbone:
         """The frozen teacher: the bare base weights, whatever adapters were added since."""
         return Denoiser(self.module, self.process, self.pred, self.forward)
 
-    def make(self, role: str, *, lora: int = 0, two_time: bool = False, guidance_embedding: bool = False, head: bool | Callable[[nn.Module], nn.Module] = False,
-             init: str = "", gradient_checkpointing: bool = False, frozen: str = "") -> Denoiser:
+    def make(self, role: str, *, lora: int = 0, two_time: bool = False, guidance_embedding: bool = False,
+             head: bool | Callable[[nn.Module, int], nn.Module] = False, init: str = "", gradient_checkpointing: bool = False,
+             frozen: str = "") -> Denoiser:
         """A trainable network that starts as the teacher.
 
         lora: rank of an adapter on the shared frozen base (0: a full copy); two_time / guidance_embedding: add a second
-        scalar input, zero at start; head: GAN head on the mid-block, or a function of the network's output layer that makes a module
-        reading what that layer reads (its result comes with logits=True, it is trained with the network and never exported);
+        scalar input, zero at start; head: GAN head on the mid-block, or a function of the network's output layer and the number of its
+        outputs that are one sample (of a place, or a token) that makes a module reading what that layer reads (its `maps` come with
+        logits=True, it is trained with the network and never exported);
         init: folder of a student to start from; frozen: regular expression of parameters that are not trained."""
         if two_time and guidance_embedding:
             raise UserError("a network has one extra scalar input: choose two_time or guidance_embedding")
         if two_time and role == "student" and getattr(self.process, "shift", 1.0) != 1:       # its pipeline counts its second time unshifted
             raise UserError("--flow_shift moves the times of one-time students; this method draws its two times itself: leave it out")
+        if self.bits and not lora:
+            raise UserError(f"the base of {self.name} is kept in {self.bits} bits, which are not trained: give a LoRA rank (--lora 64)")
         module = self.module if lora else copy.deepcopy(self.module)
         slot = "r" if two_time else "guidance" if guidance_embedding else None
         if slot:
@@ -117,12 +125,28 @@ class Backbone:
             for p in left:
                 p.requires_grad_(False)
         if callable(head) and self.last is None:
-            raise UserError(f"this method adds outputs to the network's last layer, and no submodule of the {self.family} family gives what that layer reads: "
-                            "choose another method (of your own network, set the attribute `last` to (the submodule that feeds it, its name))")
-        tap, made = (self.last[0], head(module.get_submodule(self.last[1]))) if callable(head) else (self.tap, GanHead(*self.head_shape()) if head else None)
+            raise UserError(f"this method adds outputs to the network's last layer, and which one that is in the {self.family} family is not known: "
+                            "choose another method (of your own network, set the attribute `last` to its name)")
+        if callable(head):
+            tap, made, maps = self.last, head(module.get_submodule(self.last), self.shape[0] * math.prod(self.patch)), self.maps
+        else:
+            tap, made, maps = self.tap, GanHead(*self.head_shape()) if head else None, None
         module.eval()         # dropout and batch statistics stay off in every role; gradients do not depend on the mode
         return Denoiser(module, self.process, self.pred, self.forward, role=role if lora else None,
-                        slot=slot, tap=tap, head=made, frozen=frozen)
+                        slot=slot, tap=tap, head=made, frozen=frozen, maps=maps)
+
+    def maps(self, out: Tensor, x: Tensor) -> Tensor:
+        """What a head on the last layer made, [B, n * C, *space] or of tokens [B, N, n * width], as n samples each: [B, n, *x.shape[1:]].
+
+        Tokens stand in rows from the first on (any more of them are padding); the order within one is the head's own."""
+        if not self.patch:
+            return out.unflatten(1, (-1, x.shape[1]))
+        patch = (1,) * (x.ndim - 2 - len(self.patch)) + tuple(self.patch)
+        grid = [n // p for n, p in zip(x.shape[2:], patch)]
+        out = out[:, : math.prod(grid)].unflatten(2, (-1, x.shape[1], *patch)).unflatten(1, grid)        # [B, *grid, n, C, *patch]
+        d = len(grid)
+        places = [axis for i in range(d) for axis in (1 + i, 3 + d + i)]
+        return out.permute(0, 1 + d, 2 + d, *places).reshape(len(out), -1, *x.shape[1:])
 
     @property
     def taps(self) -> list[str]:
@@ -245,7 +269,11 @@ class Blocks:
     """Where a discriminator reads a transformer of equal blocks: the middle one, or a quarter, half and three quarters of the way."""
 
     blocks = "transformer_blocks"
-    last = None               # its output layer reads a modulated norm that no submodule returns
+    last = "proj_out"
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        return 2 * (self.module.config.patch_size,)
 
     @property
     def tap(self) -> str:

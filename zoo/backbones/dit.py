@@ -17,6 +17,7 @@ class DiT(Blocks, Latent):
     family, part = "dit", "transformer"
     stock_guidance = 4.0
     stock_call = {"guidance_scale": 1.0}
+    last = "proj_out_2"
 
     def __init__(self, folder: str, name: str, data: str = "", guidance: float = 0.0):
         self.open(folder, name, data, guidance)
@@ -29,11 +30,6 @@ class DiT(Blocks, Latent):
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         self.time_embeddings = tuple(f"transformer_blocks.{i}.norm1.emb.timestep_embedder" for i in range(len(self.module.transformer_blocks)))
         self.scale = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-
-    def make(self, role, *, two_time=False, guidance_embedding=False, gradient_checkpointing=False, **options):
-        if gradient_checkpointing and (two_time or guidance_embedding):     # recomputed blocks would embed the time without it
-            raise UserError("DiT embeds its times inside its blocks, which are recomputed without the second one: drop --gradient_checkpointing")
-        return super().make(role, two_time=two_time, guidance_embedding=guidance_embedding, gradient_checkpointing=gradient_checkpointing, **options)
 
     def forward(self, module, x, timestep, cond):
         return module(x, timestep=timestep, class_labels=cond["label"], return_dict=False)[0][:, : self.shape[0]]

@@ -21,7 +21,7 @@ class Flow(Prompted):
 
     part = "transformer"
     pred = "velocity"
-    last = None               # its outputs are patches, which a head of more channels would not fit
+    last = "proj_out"
     tokens = 512
     blocks = ("transformer_blocks", "norm2")
     patch: tuple[int, ...] = (2, 2)

@@ -15,7 +15,7 @@ class Toy(Backbone):
     """2-D, eight labelled modes, rectified flow. Data: 4096 draws of the mixture. Seconds on a CPU."""
 
     family, shape, pred, guidance = "toy", (2,), "velocity", 1.0
-    last = ("out.2", "out.3")
+    last = "out.3"
     lora_targets = r"(mid_block|out)\.(1|3)|inp|time_embedding\.(linear_1|linear_2|cond_proj)"
 
     def __init__(self, modes: int = 8, fit_steps: int = 600, width: int = 128):

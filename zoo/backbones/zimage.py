@@ -13,6 +13,7 @@ class ZImage(Flow):
     student_call = {"guidance_scale": 0.0}
     large_encoders = ("text_encoder",)
     blocks = ("layers", "")
+    last = "all_final_layer.2-1.linear"
     time_embeddings = ("t_embedder.mlp",)
     lora_targets = r".*(to_q|to_k|to_v|to_out\.0|feed_forward\.w[123]|cond_proj)"
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoo.errors import UserError
 
 from .spec import Spec, parse
+from .tables import Lines, parquet
 from .tally import Tally
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def emoji(split: str = "train") -> Dataset:
     """
     if split not in ("train", "heldout", "all"):
         raise UserError(f'emoji has no split "{split}"; use "train", "heldout" or "all"')
-    table = _parquet(ASSETS / "emoji" / "emoji.parquet")
+    table = parquet([ASSETS / "emoji" / "emoji.parquet"])
     return table if split == "all" else table.select([i for i, s in enumerate(table["split"]) if s == split])
 
 
@@ -68,7 +70,7 @@ def avatars() -> Dataset:
 
     `train_scripts/make_avatars.py` builds as many more as wanted.
     """
-    return _parquet(ASSETS / "avatars" / "avatars.parquet")
+    return parquet([ASSETS / "avatars" / "avatars.parquet"])
 
 
 BUILT_IN: dict[str, Callable[..., Dataset]] = {"emoji": emoji, "fashion": fashion, "avatars": avatars}
@@ -106,26 +108,36 @@ def prompts(spec: str | Path, column: str = "image") -> list[str]:
     Tables need no images: a column caption, text or prompt is enough. column: whether the captions of a folder are those of its
     images or its videos; where it has none of them, of the other. Raises UserError when missing or empty.
     """
+    return list(lines_of(spec, column))
+
+
+def lines_of(spec: str | Path, column: str = "image") -> Sequence[str]:
+    """`prompts`, those of a table read from it as they are asked for."""
     if Path(spec).suffix == ".txt":
         lines = _text(Path(spec), "prompts file").split("\n")        # and nothing else: texts hold rarer separators
+        found = [line.strip() for line in lines if line.strip()]
     else:
-        place = Path(parse(spec).place)
-        if place.is_dir() and not _files_of(place, column):
+        known = parse(spec)
+        place = Path(known.place)
+        folder = place.is_dir() and not known.tables
+        if folder and not _files_of(place, column):
             column = {"image": "video", "video": "image"}[column]
             if not _files_of(place, column):
                 raise UserError(f"{spec} holds no images or videos to read captions of: give a file of prompts (.txt, .jsonl, .csv or .parquet), "
                                 "or a folder of captioned ones")
         table = _table(spec, column)
         if "caption" not in table.column_names:
-            where = f"put a .txt file with its caption beside each {column}" if place.is_dir() else "give it one"
+            where = f"put a .txt file with its caption beside each {column}" if folder else "give it one"
             raise UserError(f"{spec} holds no prompts, since it has no column {' or '.join(CAPTIONS)}: it has {', '.join(table.column_names) or 'none'}; "
                             f"{where}, or name the column, as in '{place}?caption=COLUMN'")
-        lines = table["caption"]
+        lines = Lines(table, "caption", read=lambda line: line.strip() if isinstance(line, str) else line)
         tally = Tally(f"prompts of {spec}", len(table))
-        for i, line in enumerate(lines):
+
+        def good(number: int, line) -> bool:
             if line is not None and not isinstance(line, str):
-                tally.skip(i, f"row {i}: {line!r:.40}", "no text")
-    found = [line.strip() for line in lines if isinstance(line, str) and line.strip()]
+                tally.skip(number, f"row {number}: {line!r:.40}", "no text")
+            return isinstance(line, str) and bool(line)
+        found = lines.where(good)
     if not found:
         raise UserError(f"{spec} holds no prompts: write one a line (.txt) or fill its column `caption`")
     return found
@@ -194,31 +206,35 @@ def _decode(entry: dict, size: int | tuple[int, int], channels: int):
 
 # ------------------------------------------------------------------------------ reading tables
 def _table(spec: str | Path, column: str = "image") -> Dataset:
+    """The set, its columns named image (or video), caption and label, where it has them. Raises UserError for columns asked for that are not there."""
+    from datasets import Image, Value
+
+    from .streams import candidates, column_of, fields_of
     known = parse(spec)
-    table = _inner(_place(known, column), known.caption)
-    for what, asked in (("caption", known.caption), (column, known.image if column == "image" else known.video), ("label", known.label)):
-        found = asked in table.column_names or what == "caption" == _usual(table) and (asked in CAPTIONS or "." in asked)
-        if asked and not found:
-            raise UserError(f"{known.place} has no column {asked} for the {what}: it has {', '.join(table.column_names)}")
-        if asked and asked in table.column_names and asked != what:
-            table = (table.remove_columns(what) if what in table.column_names else table).rename_column(asked, what)
+    table = _place(known, column)
+    names, found = fields_of(table.features), {}
+    inside = [f"{k}.{name}" for k in table.column_names for name in CAPTIONS]
+    for what, asked, usual in (("caption", known.caption, [*CAPTIONS, "txt", *inside]), ("label", known.label, LABELS)):
+        found[what] = column_of(known.place, what, asked, [c for c in usual if c in names], names)
+    found[column] = column_of(known.place, column, getattr(known, column), candidates(table.features, column), {**table.features, **dict.fromkeys(names)})
+    if twice := [name for name in found.values() if name and list(found.values()).count(name) > 1]:
+        raise UserError(f"--data {spec} names {twice[0]} for two things: name another column, among {', '.join(names)}")
+    for what, name in found.items():
+        table = table if name in ("", what) else _renamed(table, name, what)
+    if "image" in table.column_names and column == "image":
+        kind = table.features["image"]
+        if isinstance(kind, dict) and kind.keys() <= {"bytes", "path"} or isinstance(kind, Value) and kind.dtype in ("string", "large_string", "binary", "large_binary"):
+            table = table.cast_column("image", Image())
     return table
 
 
-def _usual(table: Dataset) -> str:
-    return "caption" if "caption" in table.column_names else ""
-
-
-def _inner(table: Dataset, asked: str) -> Dataset:
-    """With the caption that stands inside a column of objects: `asked` as column.key, or the usual keys where no column has one."""
-    from .streams import field
-    inside = [f"{k}.{c}" for k, kind in table.features.items() if isinstance(kind, dict) for c in kind]
-    usual = [name for name in inside if name.partition(".")[2] in CAPTIONS]
-    name = asked if asked in inside else usual[0] if usual and not asked and not _usual(table) else ""
-    if not name:
-        return table
-    captions = [field(row, name) for row in table.select_columns(name.partition(".")[0])]
-    return (table.remove_columns("caption") if _usual(table) else table).add_column("caption", captions)
+def _renamed(table: Dataset, name: str, what: str) -> Dataset:
+    """With the column `name`, or the part "column.key" of a column of objects, as the column `what`."""
+    from datasets import concatenate_datasets
+    if name in table.column_names:
+        return (table.remove_columns(what) if what in table.column_names else table).rename_column(name, what)
+    inner = table.select_columns(name.partition(".")[0]).flatten(max_depth=2).select_columns(name).rename_column(name, what)
+    return concatenate_datasets([table.remove_columns(what) if what in table.column_names else table, inner], axis=1)
 
 
 def _place(spec: Spec, column: str) -> Dataset:
@@ -227,16 +243,16 @@ def _place(spec: Spec, column: str) -> Dataset:
     if name in BUILT_IN:
         return BUILT_IN[name](split) if split else BUILT_IN[name]()
     path = Path(place)
+    if tables := spec.tables:
+        return _tables(tables, spec)
     if path.is_dir():
         return _folder(path, column)
-    if path.suffix in TABLE_TYPES:
-        return _file(path, spec)
     if path.suffix == ".tar":
-        return _shards(spec, column)
+        return _shards(spec)
     if is_local(place):
         raise UserError(f"no data at {place!r}: give {', '.join(BUILT_IN)}, a folder of images, a parquet, jsonl or csv file, "
                         "shards such as path/{000..010}.tar, or a Hub id such as user/name")
-    return _hub(name, split or "train", spec.config, column)
+    return _hub(name, split or "train", spec.config)
 
 
 def _text(path: Path, what: str) -> str:
@@ -247,12 +263,6 @@ def _text(path: Path, what: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path} cannot be read ({type(error).__name__}): "
                         "save it as UTF-8 text") from error
-
-
-def _parquet(path: Path) -> Dataset:
-    import pyarrow.parquet
-    from datasets import Dataset
-    return Dataset(pyarrow.parquet.read_table(path))  # in memory: nothing is written to the user's cache
 
 
 def _rows(path: Path) -> list[dict]:
@@ -281,7 +291,7 @@ def _rows(path: Path) -> list[dict]:
     return rows
 
 
-def _from_rows(path: Path, rows: list[dict], texts: set[str]) -> Dataset:
+def _from_rows(place: str, rows: list[dict], texts: set[str]) -> Dataset:
     """A table with every key of any row as a column. In the columns `texts`, values of another kind than text are counted and empty; any other
     column of mixed kinds becomes text."""
     import pyarrow
@@ -293,7 +303,7 @@ def _from_rows(path: Path, rows: list[dict], texts: set[str]) -> Dataset:
             pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
             if name in texts:
-                tally = Tally(f"rows of {path}", len(rows))
+                tally = Tally(f"rows of {place}", len(rows))
                 for i, value in enumerate(values):
                     if value is not None and not isinstance(value, str):
                         tally.skip(i, f"row {i}: {name} {value!r:.40}", "no text")
@@ -304,40 +314,36 @@ def _from_rows(path: Path, rows: list[dict], texts: set[str]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _file(path: Path, spec: Spec) -> Dataset:
-    from datasets import Image, Value
-
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist: check the path")
-    if path.suffix == ".parquet":
-        try:
-            table = _parquet(path)
-        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-            raise UserError(f"{path} is not a readable parquet file ({type(error).__name__}): "
-                            "write it again") from error
+def _tables(files: list[Path], spec: Spec) -> Dataset:
+    """The rows of table files of one kind, one after another."""
+    from datasets import Value
+    if files[0].suffix == ".parquet":
+        table = parquet(files)
     else:
-        table = _from_rows(path, _rows(path), {*CAPTIONS, "txt", spec.caption, "image", spec.image, "video", spec.video})
-    table = _named(table)
+        texts = {*CAPTIONS, "txt", spec.caption, "image", spec.image, "video", spec.video}
+        table = _from_rows(spec.place, [row for path in files for row in _rows(path)], texts)
     for column in {"image", "video", spec.image, spec.video} & set(table.column_names):
-        if table.features[column] == Value("string"):  # paths, relative to the file unless absolute
-            paths = [str(path.parent / p) if p else None for p in table[column]]
+        if table.features[column] in (Value("string"), Value("large_string")):  # paths, relative to the file unless absolute
+            paths = [str(folder_of(files) / p) if p else None for p in table[column][:]]
             table = table.remove_columns(column).add_column(column, paths)
-        if column in ("image", spec.image) and not isinstance(table.features[column], Image):
-            table = table.cast_column(column, Image())
     return table
 
 
-def _shards(spec: Spec, column: str) -> Dataset:
+def folder_of(files: list[Path]) -> Path:
+    """Where paths inside the files begin: their folder, or the one around the folders of several."""
+    return Path(os.path.commonpath([path.parent for path in files]))
+
+
+def _shards(spec: Spec) -> Dataset:
     """Tar shards as a whole: what `datasets` unpacks of them into its own cache."""
     from datasets import load_dataset
     files = [str(p) for p in spec.shards]
     try:
-        table = load_dataset("webdataset", data_files={"train": files}, split="train")
+        return load_dataset("webdataset", data_files={"train": files}, split="train")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         which = _broken(spec.shards) or spec.place
         raise UserError(f"{which} could not be unpacked ({type(error).__name__}: {reason}): write it again, or leave it out") from error
-    return _named(_pictured(table, column))
 
 
 def _broken(shards: list[Path]) -> Path | None:
@@ -380,9 +386,9 @@ def _folder(folder: Path, column: str = "image") -> Dataset:
     elif any(p.with_suffix(".txt").is_file() for p in files):
         texts = (p.with_suffix(".txt") for p in files)
         columns["caption"] = [_text(t, "caption file").strip() if t.is_file() else None for t in texts]
-    table = _named(Dataset.from_dict(columns))
+    table = Dataset.from_dict(columns)
     table = table.cast_column("image", Image()) if column == "image" else table
-    if "label" not in table.column_names and names and all(p.parent != folder for p in files):
+    if not {*LABELS} & {*table.column_names} and names and all(p.parent != folder for p in files):
         if all(name.isdecimal() for name in names):      # the class numbers themselves
             return table.add_column("label", [int(p.relative_to(folder).parts[0]) for p in files])
         number = {name: i for i, name in enumerate(names)}
@@ -391,13 +397,12 @@ def _folder(folder: Path, column: str = "image") -> Dataset:
     return table
 
 
-def _hub(name: str, split: str, config: str = "", column: str = "image") -> Dataset:
+def _hub(name: str, split: str, config: str = "") -> Dataset:
     from datasets import load_dataset
     try:
-        table = load_dataset(name, config or None, split=split)
+        return load_dataset(name, config or None, split=split)
     except Exception as error:
         raise unreachable(name, error) from error
-    return _named(_pictured(table, column))
 
 
 def unreachable(name: str, error: Exception) -> UserError:
@@ -418,16 +423,3 @@ def unreachable(name: str, error: Exception) -> UserError:
     if text.startswith(("Bad split", "Unknown split")):
         return UserError(f"{head}: {text}; name the split, as in --data {repo}:SPLIT")
     return UserError(f"{head} ({type(error).__name__}: {text}); check the path or id, its split (user/name:split) and the network")
-
-
-def _pictured(table: Dataset, column: str) -> Dataset:
-    from .streams import candidates
-    found = candidates(table.features, column)
-    return table.rename_column(found[0], column) if found and found[0] != column else table
-
-
-def _named(table: Dataset) -> Dataset:
-    for name, usual in (("caption", (*CAPTIONS, "txt")), ("label", LABELS)):
-        found = next((c for c in usual if c in table.column_names), name)
-        table = table if found == name else table.rename_column(found, name)
-    return table

@@ -24,6 +24,7 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,11 @@ class Storage:
 
 def digest(*parts: bytes | str) -> str:
     """32 hexadecimal digits of what is given."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[bytes | str]) -> str:
+    """`digest` of parts that come one by one."""
     made = hashlib.blake2b(digest_size=16)
     for part in parts:
         part = part.encode() if isinstance(part, str) else part

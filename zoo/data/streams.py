@@ -156,32 +156,31 @@ def open_stream(spec, notes: Path | None = None, column: str = "image", beside: 
     not there."""
     from datasets import Image, Video, load_dataset
 
-    from . import CAPTIONS, LABELS, TABLE_TYPES, unreachable
-    shards, path = spec.shards, Path(spec.place)
+    from . import CAPTIONS, LABELS, folder_of, unreachable
+    shards, tables = spec.shards, spec.tables
+    local = shards or tables
     try:
-        if shards:
-            table = load_dataset("webdataset", data_files={"train": [str(p) for p in shards]}, split="train", streaming=True)
-        elif path.suffix in TABLE_TYPES:
-            kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
-            table = load_dataset(kind, data_files={"train": str(path)}, split="train", streaming=True)
+        if local:
+            kind = "webdataset" if shards else {".jsonl": "json"}.get(tables[0].suffix, tables[0].suffix[1:])
+            table = load_dataset(kind, data_files={"train": [str(p) for p in local]}, split="train", streaming=True)
         else:
             name, _, split = spec.place.partition(":")
             table = load_dataset(name, spec.config or None, split=split or "train", streaming=True)
         features = dict(table.features or next(iter(table)))
     except Exception as error:
-        if shards or path.suffix in TABLE_TYPES:
-            what = f"{shards[0]}, the first of {len(shards)} shards," if len(shards) > 1 else str(shards[0] if shards else path)
+        if local:
+            what = f"{local[0]}, the first of {len(local)} {'shards' if shards else 'files'}," if len(local) > 1 else str(local[0])
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{what} cannot be read ({type(error).__name__}: {reason}): write it again, or leave it out") from error
         raise unreachable(spec.place, error) from error
     names = sorted(k for k in features if not k.startswith("__"))
-    inner = {k: [f"{k}.{c}" for c in v] for k, v in features.items() if isinstance(v, dict) and not k.startswith("__")}
-    every = [c for k in names for c in (inner.get(k) or [k])]
-    picture = _column(spec.place, column, spec.video if column == "video" else spec.image, candidates(features, column), every) if column else ""
+    every = fields_of(features)
+    asked = spec.video if column == "video" else spec.image
+    picture = column_of(spec.place, column, asked, candidates(features, column), {**features, **dict.fromkeys(every)}) if column else ""
     usual = [*CAPTIONS, "txt", *(f"{k}.{c}" for k in names for c in CAPTIONS)]
-    caption = _column(spec.place, "caption", spec.caption, [c for c in usual if c in every], every) if beside == "caption" else ""
+    caption = column_of(spec.place, "caption", spec.caption, [c for c in usual if c in every], every) if beside == "caption" else ""
     usual = [*LABELS, *(f"{k}.{c}" for k in names for c in LABELS)]
-    label = _column(spec.place, "label", spec.label, [c for c in usual if c in every], every) if beside == "label" else ""
+    label = column_of(spec.place, "label", spec.label, [c for c in usual if c in every], every) if beside == "label" else ""
     if not column:
         table = table.select_columns(sorted({caption.split(".")[0] if caption and caption not in features else caption} - {""}
                                             | ({"__key__"} & set(features)))) if caption else table
@@ -189,12 +188,14 @@ def open_stream(spec, notes: Path | None = None, column: str = "image", beside: 
         if isinstance(features[k], Image | Video):
             table = table.cast_column(k, type(features[k])(decode=False))
 
+    folder = folder_of(local) if local else Path()
+
     def part(i):
         rows = table.shard(num_shards=table.num_shards, index=i)
-        return lambda: ({beside: field(r, caption or label) if caption or label else "", "image": _file(field(r, picture), path.parent) if picture else None,
+        return lambda: ({beside: field(r, caption or label) if caption or label else "", "image": _file(field(r, picture), folder) if picture else None,
                          "name": r.get("__key__") or ""} for r in rows)
     columns = {k: found for k, found in (("caption", caption), ("label", label), (column, picture)) if found}
-    files = [p.name for p in shards] if len(shards) == table.num_shards else None
+    files = [p.name for p in local] if len(local) == table.num_shards else None
     return Stream(spec.place, [part(i) for i in range(table.num_shards)], spec.buffer or BUFFER.get(column, 1024), notes, columns, every, files)
 
 
@@ -205,7 +206,14 @@ def _file(entry, folder: Path):
     return {"bytes": entry, "path": None} if isinstance(entry, bytes) else entry
 
 
-def _column(place: str, what: str, asked: str, usual: list[str], names: list[str]) -> str:
+def fields_of(features: dict) -> list[str]:
+    """Names of the columns; of a column of objects, column.key of each."""
+    inner = {k: [f"{k}.{c}" for c in v] for k, v in features.items() if isinstance(v, dict)}
+    return [c for k in sorted(features) if not k.startswith("__") for c in (inner.get(k) or [k])]
+
+
+def column_of(place: str, what: str, asked: str, usual: list[str], names) -> str:
+    """The column `asked` for, or the first of the `usual` ones; "" for none. Raises UserError where the one asked for is none of `names`."""
     if asked and asked not in names:
-        raise UserError(f"{place} has no column {asked} for the {what}: it has {', '.join(names)}")
+        raise UserError(f"{place} has no column {asked} for the {what}: it has {', '.join(k for k in names if not k.startswith('__'))}")
     return asked or (usual[0] if usual else "")

@@ -662,7 +662,8 @@ def _training(record: dict, facts: dict) -> str:
     count = lambda n: f"{n / 1e6:.3g} M" if n >= 1e6 else str(n)
     made = [("command", code(facts["command"]) if facts.get("command") else none), ("started from", " -> ".join(map(str, facts.get("chain") or []))),
             ("data", _drawn_on(record, facts)), ("seed", facts.get("seed", none)), ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
-            ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")),
+            ("base while it trained", f"linear layers in {record['base_bits']:d} bits, the teacher's too: what was measured is the packed network; the weights "
+             "here are the base's own" if record.get("base_bits") else None), ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")),
             ("network calls", count(facts["calls"]) if facts.get("calls") else None),
             ("trained parameters", ", ".join(f"{k} {count(v)}" for k, v in (facts.get("trained") or {}).items())),
             ("training time", time), ("device", facts.get("device")),

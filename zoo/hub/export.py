@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import quantized
 from ..denoiser import SLOT_DIM, fold_slot
 from ..errors import UserError
 from ..process import View
@@ -47,18 +48,25 @@ def _values(net):
 
 
 def plain_state(net) -> dict[str, Tensor]:
-    """Weights of Denoiser `net` on the CPU in float32, its adapter merged and all others dropped, under the bare network's names."""
+    """Weights of Denoiser `net` on the CPU in float32, its adapter merged and all others dropped, under the bare network's names; those of a
+    base kept in few bits as they were published."""
     layers = dict(net.module.named_modules())
-    state = {}
+    packed = quantized.of(net.module)
+    state, published = {}, packed.published() if packed else {}
     with torch.no_grad(), _values(net):
         for name, value in net.module.state_dict().items():
             if ".lora_" in name:
                 continue
             owner, wrapped, leaf = name.rpartition(".base_layer.")
+            bare = f"{owner}.{leaf}" if wrapped else name
+            if packed and packed.holds(bare):
+                if bare not in published:          # scales and code tables
+                    continue
+                value = published[bare].to(value.device)
             value = value.float()
             if wrapped and leaf == "weight" and net.role in layers[owner].lora_A:
                 value = value + layers[owner].get_delta_weight(net.role).float()
-            state[f"{owner}.{leaf}" if wrapped else name] = value.cpu().contiguous().clone()
+            state[bare] = value.cpu().contiguous().clone()
     return state
 
 
@@ -118,7 +126,8 @@ def export_student(model, net, folder: str | Path, contract: Contract, *, lora_r
     try:
         temp.mkdir(parents=True)
         record = {"family": model.family, "teacher": _teacher_name(model), "slot": net.slot, "slot_weights": None, "lora_rank": lora_rank,
-                  "process": type(process).__name__, **({"teacher_lora": model.style.facts()} if getattr(model, "style", None) else {}), **(facts or {})}
+                  "process": type(process).__name__, **({"base_bits": model.bits} if getattr(model, "bits", 0) else {}),
+                  **({"teacher_lora": model.style.facts()} if getattr(model, "style", None) else {}), **(facts or {})}
         write = {"text": _write_text, "video": _write_video}.get(model.family, _write_pipeline if hasattr(model, "pipe") else _write_bare)
         write(model, net, temp, contract, record)
         (temp / RECORD).write_text(json.dumps({**contract.to_json(), "student": record}, indent=1) + "\n")

@@ -30,7 +30,7 @@ def read_record(folder: str | Path) -> tuple[Contract, dict]:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): export the student again") from error
     said = {"family": isinstance(family, str), "teacher": isinstance(record["teacher"], str), "slot": record["slot"] in (None, *SLOT_FOLDERS),
             "slot_weights": record["slot_weights"] in PARTS, "lora_rank": isinstance(record["lora_rank"], int),
-            "length": family != "text" or isinstance(record.get("length"), int)}
+            "length": family != "text" or isinstance(record.get("length"), int), "base_bits": record.get("base_bits", 0) in (0, 4, 8, 16)}
     for key, fits in said.items():
         if not fits:
             raise UserError(f"{path} says {key} {record.get(key)!r}, which no export writes: export the student again, or do not trust it")

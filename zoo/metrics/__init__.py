@@ -11,6 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -141,10 +142,31 @@ def kid(x_feats: Tensor, y_feats: Tensor) -> Interval:
     return Interval(*(1e3 * float(v) for v in (value, value - 1.96 * error, value + 1.96 * error)))
 
 
+@functools.cache
+def lpips_network():
+    """LPIPS on VGG-16 of the `lpips` package, or None where the package or its network's file (torchvision's, in torch's cache) is
+    not installed: nothing is downloaded."""
+    if not Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth").exists():
+        return None
+    try:
+        import lpips
+    except ImportError:
+        return None
+    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+
+
+def perceptual_name() -> str:
+    """Which distance `perceptual` is here: `lpips_vgg` or `perceptual_efflite0`."""
+    return "perceptual_efflite0" if lpips_network() is None else "lpips_vgg"
+
+
 def perceptual(x: Tensor, y: Tensor, size: int = 96) -> Tensor:
-    """`perceptual_efflite0` [N]: squared distance of channel-normalised EfficientNet-Lite0 block outputs,
-    averaged over positions and summed over five blocks. The form of LPIPS (Zhang et al., CVPR 2018) without
-    its learnt weights, so values are not comparable with LPIPS. Differentiable."""
+    """A perceptual distance [N] at `size` pixels, differentiable. LPIPS (Zhang et al., CVPR 2018) where its package and weights are
+    installed, see `perceptual_name`; else squared distance of channel-normalised EfficientNet-Lite0 block outputs, averaged over
+    positions and summed over five blocks: the form of LPIPS without its learnt weights, so the two are not comparable."""
+    if (network := lpips_network()) is not None:
+        see = lambda v: F.interpolate(v.float().expand(-1, 3, -1, -1), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return network.to(x.device)(see(x), see(y)).flatten()
     total = 0
     for a, b in zip(efflite0.blocks(x, size), efflite0.blocks(y, size)):
         total = total + (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
