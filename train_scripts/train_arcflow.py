@@ -24,7 +24,7 @@ uniform in flow time without a shift; no component dropout; the loss is not scal
 and a short warm-up; the recipe has the official numbers.
 
     accelerate launch train_scripts/train_arcflow.py                                   # the embedded teacher, minutes on a CPU
-    accelerate launch train_scripts/train_arcflow.py --teacher Qwen/Qwen-Image --recipe auto --data prompts.txt
+    accelerate launch train_scripts/train_arcflow.py --teacher Qwen/Qwen-Image --recipe qwen-image --data prompts.txt
     python train_scripts/train_arcflow.py --teacher toy --steps 400                    # seconds
 """
 import math
