@@ -9,6 +9,7 @@ import warnings
 import torch
 
 warnings.filterwarnings("ignore", message=".*Nvidia driver FS.*")
+sys.modules["bitsandbytes"] = None                 # which asks torch for the functions of a real GPU when it is imported
 torch._C._cuda_init = getattr(torch._C, "_cuda_init", lambda: None)
 torch.version.cuda = torch.version.cuda or "12.8"
 torch.cuda._is_in_bad_fork = bool               # False, as a name that pickles
