@@ -105,7 +105,8 @@ def plan(run) -> Estimate:
                              "activations": _activations(run, t.net, cond) * micro}
         if run.engine is not None and run.engine.trainee is t:
             r |= run.engine.planned(r, lambda shape: optimizers.state_bytes(cfg.optimizer, shape))
-        held, needed, once = held + r["weights"] + r["averages"], needed + r["optimizer"], max(once, r["gradient"] + r["activations"])       # gradients go with a step
+        held, needed = held + r["weights"] + r["averages"], needed + r["optimizer"]
+        once = max(once, r["gradient"] + r["activations"])       # of one trainee at a time: gradients go with its step
         lines.append(f"{t.name}: {sum(p.numel() for p in t.params.values()):,} trainable parameters; weights {r['weights'] / GB:.3f} GB, gradient "
                      f"{r['gradient'] / GB:.3f} GB, {cfg.optimizer} {r['optimizer'] / GB:.3f} GB, averages {averages / GB:.3f} GB"
                      f"{' on the CPU' * cfg.offload_averages}, activations {r['activations'] / GB:.3f} GB")

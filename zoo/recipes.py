@@ -138,7 +138,7 @@ def fitted(family: str, config, row: dict, given: dict[str, str], world: int = 1
         for name in ("lr", "critic_lr"):
             add(name, LORA_RATE, f"for the LoRA; published for full weights: {row[name]}" if name in row else "not published; DMD2's for a LoRA of SDXL")
     if rank and 4 * billions > 0.5 * have and not given.keys() & {"teacher_lora", "compile"}:         # which packed layers do not go with
-        add("base_bits", 8 if billions <= 0.5 * have else 4, f"the base alone has {4 * billions:.0f} GB as loaded")
+        add("base_bits", next((n for n in (16, 8) if n / 8 * billions <= 0.5 * have), 4), f"the base alone has {4 * billions:.0f} GB as loaded")
     if billions >= 1:
         add("gradient_checkpointing", True, f"{billions:g} billion weights")
     if row.get("gan") and prompts_only(given.get("data", "")):

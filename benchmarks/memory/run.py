@@ -10,7 +10,7 @@ Every case runs in a process of its own. Writes log.json and README.md's table; 
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -55,27 +55,34 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------------------- networks
-def sd15(device):
-    """unet/config.json of stable-diffusion-v1-5."""
-    from diffusers import UNet2DConditionModel
+def unet(device, family: str, config: dict, **conditions):
+    """A UNet of the stable-diffusion kind: `config` as in its unet/config.json."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
 
     from zoo.backbones.sd import StableDiffusion
+    from zoo.backbones.sdxl import StableDiffusionXL
+    from zoo.process import VP
     with torch.device(device):
-        net = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return stand_in(StableDiffusion, net, {"prompt": (77, 768)}, (4, 64, 64), guidance=5.0, pred="eps", process=_table(), pipe=SimpleNamespace(vae_scale_factor=8))
+        net = UNet2DConditionModel(**config)
+    table = VP.from_config(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
+    return stand_in({"sd": StableDiffusion, "sdxl": StableDiffusionXL}[family], net, conditions, (4, config["sample_size"], config["sample_size"]),
+                    guidance=5.0, pred="eps", process=table, pipe=SimpleNamespace(vae_scale_factor=8))
+
+
+def sd15(device):
+    return unet(device, "sd", steps().SD15, prompt=(77, 768))
 
 
 def sdxl(device):
-    """unet/config.json of stable-diffusion-xl-base-1.0."""
-    from diffusers import UNet2DConditionModel
+    return unet(device, "sdxl", steps().SDXL, prompt=(77, 2048), pooled=(1280,))
 
-    from zoo.backbones.sdxl import StableDiffusionXL
-    with torch.device(device):
-        net = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
-    return stand_in(StableDiffusionXL, net, {"prompt": (77, 2048), "pooled": (1280,)}, (4, 128, 128), guidance=5.0, pred="eps", process=_table(), pipe=SimpleNamespace(vae_scale_factor=8))
+
+def steps():
+    """benchmarks/training_step/run.py, which has the UNets' configurations."""
+    spec = importlib.util.spec_from_file_location("training_step", HERE.parent / "training_step/run.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def flux(device):
@@ -87,7 +94,8 @@ def flux(device):
                            **{n: getattr(FluxPipeline, n) for n in ("_pack_latents", "_unpack_latents", "_prepare_latent_image_ids")})
     with torch.device(device):
         net = FluxTransformer2DModel(guidance_embeds=True)
-    return stand_in(Flux, net, {"prompt": (512, 4096), "pooled": (768,)}, (16, 128, 128), guidance=3.5, pipe=pipe, embeds=True, takes_guidance=True)
+    return stand_in(Flux, net, {"prompt": (512, 4096), "pooled": (768,)}, (16, 128, 128), guidance=3.5, pipe=pipe, embeds=True,
+                    takes_guidance=True)
 
 
 def wan(device):
@@ -96,7 +104,8 @@ def wan(device):
     from diffusers.configuration_utils import FrozenDict
 
     from zoo.backbones.wan import Wan
-    pipe = SimpleNamespace(vae_scale_factor_temporal=4, vae_scale_factor_spatial=8, config=FrozenDict(expand_timesteps=False), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe = SimpleNamespace(vae_scale_factor_temporal=4, vae_scale_factor_spatial=8, config=FrozenDict(expand_timesteps=False),
+                           scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     with torch.device(device):
         net = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
     return stand_in(Wan, net, {"prompt": (512, 4096)}, (16, 21, 60, 104), guidance=5.0, pipe=pipe)
@@ -104,23 +113,12 @@ def wan(device):
 
 def tiny(device):
     """A small UNet that fits anywhere: the test's."""
-    from diffusers import UNet2DConditionModel
-
-    from zoo.backbones.sd import StableDiffusion
-    with torch.device(device):
-        net = UNet2DConditionModel(sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
-                                   down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-    return stand_in(StableDiffusion, net, {"prompt": (7, 32)}, (4, 16, 16), guidance=5.0, pred="eps", process=_table(), pipe=SimpleNamespace(vae_scale_factor=8))
+    config = dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
+                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    return unet(device, "sd", config, prompt=(7, 32))
 
 
 NETWORKS = {f.__name__: f for f in (sd15, sdxl, flux, wan, tiny)}
-
-
-def _table():
-    from diffusers import DDIMScheduler
-
-    from zoo.process import VP
-    return VP.from_config(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config)
 
 
 def stand_in(family, module, conditions: dict[str, tuple], shape: tuple[int, ...], **facts):
@@ -155,7 +153,7 @@ def stand_in(family, module, conditions: dict[str, tuple], shape: tuple[int, ...
 
 # -------------------------------------------------------------------------------------------------------------- one case
 def measure(network: str, script: str, flags: dict, memory: Pretend | None) -> dict:
-    """{"held", "predicted", "peak", "roles"} in GB of one step; memory: the counter, or None for a GPU's own."""
+    """{"predicted", "peak", "roles"} in GB, {"parameters", "trained"} in numbers; memory: the counter, or None for a GPU's own."""
     from zoo.plan import plan
     from zoo.run import Run
     found, cuda = {}, memory is None
@@ -166,7 +164,8 @@ def measure(network: str, script: str, flags: dict, memory: Pretend | None) -> d
 
     def stepping(run):
         estimate = plan(run)
-        found.update(predicted=(estimate.held + estimate.needed) / GB, roles={name: {k: v / GB for k, v in role.items() if v} for name, role in estimate.roles.items()},
+        found.update(predicted=(estimate.held + estimate.needed) / GB,
+                     roles={name: {k: v / GB for k, v in role.items() if v} for name, role in estimate.roles.items()},
                      trained={name: sum(p.numel() for p in t.params.values()) for name, t in run.trainees.items()})
         gc.collect()
         if cuda:
@@ -186,7 +185,8 @@ def measure(network: str, script: str, flags: dict, memory: Pretend | None) -> d
             if pretending:
                 make = model.make
                 model.make = lambda *a, **k: _made(memory, lambda: make(*a, **k))
-            settings = dict(batch=1, lora=0, steps=10**6, output_dir=folder + "/run", mixed_precision="bf16", checkpoint_every=0, sample_every=0, measure_every=0, seed=1)
+            settings = dict(batch=1, lora=0, steps=10**6, output_dir=folder + "/run", mixed_precision="bf16", checkpoint_every=0, sample_every=0,
+                            measure_every=0, seed=1)
             settings |= {"time_budget": 0.0} | flags
             module.main(module.Config(teacher=model, **settings))
     finally:
@@ -210,15 +210,16 @@ def one(name: str, real: bool) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------- the table
 def table(found: dict) -> str:
-    lines = ["| case | parameters | trained | predicted GB | simulated GB | predicted / simulated | asked GB | measured GB on a GPU |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| case | parameters | trained | predicted GB | simulated GB | predicted / simulated | asked GB | measured GB on a GPU |",
+             "|---|---|---|---|---|---|---|---|"]
     for name, row in found.items():
         limit, sim, real = CASES[name][3], row.get("simulated", {}), row.get("real", {})
         if "error" in sim:
             lines.append(f"| {name} | {sim['error']} | | | | | | |")
             continue
         trained = " + ".join(f"{v / 1e6:,.0f} M" for v in sim["trained"].values())
-        lines.append(f"| {name} | {sim['parameters'] / 1e9:.2f} B | {trained} | {sim['predicted']:.1f} | {sim['peak']:.1f} | {sim['predicted'] / sim['peak']:.2f} | "
-                     f"{limit or ''} | {'%.1f' % real['peak'] if 'peak' in real else real.get('error', '')} |")
+        lines.append(f"| {name} | {sim['parameters'] / 1e9:.2f} B | {trained} | {sim['predicted']:.1f} | {sim['peak']:.1f} | "
+                     f"{sim['predicted'] / sim['peak']:.2f} | {limit or ''} | {'%.1f' % real['peak'] if 'peak' in real else real.get('error', '')} |")
     return "\n".join(lines)
 
 
@@ -244,10 +245,12 @@ def main(cfg: Config):
             if not cfg.fresh and "peak" in found[name].get(kind, {}):
                 continue
             began = time.perf_counter()
-            done = subprocess.run([sys.executable, __file__, "--cases", name, "--one", *["--real"] * (kind == "real")], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+            done = subprocess.run([sys.executable, __file__, "--cases", name, "--one", *["--real"] * (kind == "real")], capture_output=True, text=True,
+                                  env=os.environ | {"HF_HUB_OFFLINE": "1"})
             line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
-            found[name][kind] = json.loads(line[7:]) if line else {"error": "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["no output"])[-1][:160]}
-            print(f"{name}, {kind}: {found[name][kind].get('peak', found[name][kind].get('error'))}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            why = "out of memory" if "OutOfMemory" in done.stderr else (done.stderr.strip().splitlines() or ["no output"])[-1][:160]
+            row = found[name][kind] = json.loads(line[7:]) if line else {"error": why}
+            print(f"{name}, {kind}: {row.get('peak', row.get('error'))}, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
             write({k: v for k, v in found.items() if v})
     print(table({k: v for k, v in found.items() if v}))
 
