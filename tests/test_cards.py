@@ -24,8 +24,10 @@ MEASURED = [{"who": "teacher", "steps": 25, "calls": 50, "kid_x": 0.1, "diversit
             {"who": "student", "steps": 4, "calls": 4, "kid_x": 0.25, "diversity": 0.9, "seconds_per_image": 0.04},
             {"who": "student", "steps": 1, "calls": 1, "kid_x": float("nan"), "diversity": 0.7, "seconds_per_image": 0.01}]
 FACTS = {"title": "emoji-dmd", "method": "dmd", "license": {"license": "mit"}, "base_model": "me/teacher", "stock": True, "pipeline": "StableDiffusionPipeline",
-         "prompts": ["a red heart"], "measured": MEASURED, "command": "accelerate launch train_dmd.py --steps 3", "seconds": 7200.0, "steps": 300, "exported_step": 200,
-         "device": "1 x GPU", "samples": 64, "calls": 12_000_000, "trained": {"student": 34_000_000}, "peak_memory_gb": 11.2, "seed": 3, "data_id": "me/prompts", "data": "prompts",
+         "prompts": ["a red heart"], "measured": MEASURED, "command": "accelerate launch train_dmd.py --steps 3", "seconds": 7200.0, "steps": 300,
+         "exported_step": 200,
+         "device": "1 x GPU", "samples": 64, "calls": 12_000_000, "trained": {"student": 34_000_000}, "peak_memory_gb": 11.2, "seed": 3,
+         "data_id": "me/prompts", "data": "prompts",
          "versions": {"fewstep": "0.1", "torch": "2.13"}}
 
 
@@ -33,7 +35,8 @@ def made(tmp_path, contract=None, facts=None, record=None, name="student") -> Pa
     """A student's folder with its facts, as a run leaves it."""
     at = folder("student", tmp_path / name)
     contract = contract or Contract({4: (999, 749, 499, 249), 2: (999, 499), 1: (999,)})
-    data = {**contract.to_json(), "student": {"family": "sd", "teacher": "me/teacher", "slot": None, "slot_weights": None, "lora_rank": 0, "method": "dmd", **(record or {})},
+    data = {**contract.to_json(), "student": {"family": "sd", "teacher": "me/teacher", "slot": None, "slot_weights": None, "lora_rank": 0,
+                                              "method": "dmd", **(record or {})},
             "card": FACTS | (facts or {})}
     (at / "fewstep.json").write_text(json.dumps(data))
     card.refresh(at)
@@ -54,7 +57,8 @@ def test_a_card_says_everything(tmp_path):
     assert {m["type"]: m["value"] for m in four["metrics"]} == {"kid_x": 0.25, "diversity": 0.9, "seconds_per_image": 0.04}
     assert four["metrics"][0]["args"] == {"num_inference_steps": 4, "nfe": 4} and four["dataset"]["type"] == "prompts"
     assert "kid_x" not in [m["type"] for m in data["model-index"][0]["results"][1]["metrics"]]          # not a number: measured nothing
-    for text in ("999, 749, 499, 249", FACTS["command"], "7200 s (2 h)", "1 x GPU", "12 M", "34 M", "11 GB", "energy: not measured", "torch 2.13", "seed: 3", "@article",
+    for text in ("999, 749, 499, 249", FACTS["command"], "7200 s (2 h)", "1 x GPU", "12 M", "34 M", "11 GB", "energy: not measured", "torch 2.13",
+                 "seed: 3", "@article",
                  "zoo.load(", "DiffusionPipeline.from_pretrained(", "<Gallery />", "num_inference_steps=4", "## Limitations", "`diversity` is the spread"):
         assert text in body, text
     assert "Read this first" not in body                    # the wrong default call raises
@@ -64,7 +68,8 @@ def test_refreshing_changes_nothing_and_needs_neither_run_nor_torch(tmp_path):
     at = made(tmp_path)
     before = (at / "README.md").read_text()
     (at / "README.md").unlink()
-    script = "import sys; from zoo.hub.card import refresh; print(refresh(sys.argv[1])); assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules"
+    script = "import sys; from zoo.hub.card import refresh; print(refresh(sys.argv[1])); "\
+             "assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script, str(at)], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0 and done.stdout.strip() == str(at / "README.md"), done.stderr
     assert (at / "README.md").read_text() == before
@@ -139,7 +144,8 @@ def test_a_teacher_of_the_package_is_on_no_hub_and_the_card_says_where_it_is(tmp
     assert Path(eval(line, {"zoo": zoo})) == card.home(at) and (card.home(at) / "model_index.json").exists()
     for name, (license, where, _) in card.BUILT_IN.items():
         assert license in lint.LICENSES and (Path(zoo.__path__[0]) / where).is_dir(), name
-    mine = made(tmp_path, facts=facts | {"built_in": False, "base_model": "me/emoji"}, record={"teacher": "emoji"}, name="mine")     # a folder that is only called so
+    mine = made(tmp_path, facts=facts | {"built_in": False, "base_model": "me/emoji"}, record={"teacher": "emoji"},
+                name="mine")     # a folder that is only called so
     assert parts(mine)[0]["base_model"] == "me/emoji" and card.home(mine) is None and "in the package" not in parts(mine)[1]
 
 
@@ -160,7 +166,8 @@ HOSTILE = "<img src=x onerror=alert(1)> `x` | [a](javascript:alert(1)) ```"
 
 
 def test_nothing_a_run_was_given_becomes_markup(tmp_path):
-    at = made(tmp_path, facts={"prompts": [HOSTILE], "device": HOSTILE, "command": HOSTILE, "chain": [HOSTILE], "title": HOSTILE, "data": HOSTILE, "texts": HOSTILE + "\n```\n<script>"},
+    at = made(tmp_path, facts={"prompts": [HOSTILE], "device": HOSTILE, "command": HOSTILE, "chain": [HOSTILE], "title": HOSTILE, "data": HOSTILE,
+                               "texts": HOSTILE + "\n```\n<script>"},
               record={"teacher": HOSTILE})
     data, body, _ = parts(at)
     assert lint.lint(at) == [] and data["widget"][0]["text"] == HOSTILE
@@ -177,7 +184,8 @@ def poisoned(value):
     return [poisoned(v) for v in value] if isinstance(value, list) else HOSTILE + "\n```\n<script>" if isinstance(value, str) else value
 
 
-NAMES = {*FACTS, "license", "repo", "file", "parts", "scale", "name", "texts", "teacher_lora", "downstream", "report", "verdict", "rule", "text", "ok", "energy", "joules",
+NAMES = {*FACTS, "license", "repo", "file", "parts", "scale", "name", "texts", "teacher_lora", "downstream", "report", "verdict", "rule", "text",
+         "ok", "energy", "joules",
          "of", "place", "chain", "lora_loads", "who", "steps"}
 
 
@@ -220,11 +228,14 @@ def test_tokens_never_reach_a_card(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- the linter
 @pytest.mark.parametrize("old, new, complaint", [
-    ("license: mit", "license: free", "no license id"), ("license: mit", "liscense: mit", "'liscense' is no key"), ("license: mit", "license: other", "needs license_name"),
+    ("license: mit", "license: free", "no license id"), ("license: mit", "liscense: mit", "'liscense' is no key"),
+    ("license: mit", "license: other", "needs license_name"),
     ("base_model: me/teacher", "base_model: a/b/c", "'a/b/c' is no Hub id"), ("- me/prompts", "- not an id", "no Hub id"),
     ("relation: finetune", "relation: distilled", "'distilled' is none of"), ("relation: finetune", "relation: adapter", "needs the tag lora"),
-    ("url: grid.png", "url: ../grid.png", "is not in the folder"), ("value: 0.25", "value: fast", "has no number"), ("](grid.png)", "](gone.png)", "gone.png is not in the folder"),
-    ("## Limitations", "<script>x</script>\n## Limitations", "active markup"), ("type: prompts\n", "", "needs task.type"), ("tags:\n", "tags:\n- 3\n", "list of words"),
+    ("url: grid.png", "url: ../grid.png", "is not in the folder"), ("value: 0.25", "value: fast", "has no number"),
+    ("](grid.png)", "](gone.png)", "gone.png is not in the folder"),
+    ("## Limitations", "<script>x</script>\n## Limitations", "active markup"), ("type: prompts\n", "", "needs task.type"),
+    ("tags:\n", "tags:\n- 3\n", "list of words"),
     ("pipeline_tag: text-to-image", "pipeline_tag: pictures", "is none of")])
 def test_lint_finds(tmp_path, old, new, complaint):
     at = made(tmp_path)
@@ -234,7 +245,8 @@ def test_lint_finds(tmp_path, old, new, complaint):
     assert any(complaint in line for line in lint.lint(at)), lint.lint(at)
 
 
-@pytest.mark.parametrize("key", ["license", "license_name", "tags", "base_model", "base_model_relation", "pipeline_tag", "library_name", "datasets", "widget", "model-index"])
+@pytest.mark.parametrize("key", ["license", "license_name", "tags", "base_model", "base_model_relation", "pipeline_tag", "library_name", "datasets",
+                                 "widget", "model-index"])
 def test_lint_finds_every_other_shape(tmp_path, key):
     """Metadata is a stranger's when a repository is verified: whatever is there, the linter answers in lines."""
     at = made(tmp_path)
@@ -243,7 +255,8 @@ def test_lint_finds_every_other_shape(tmp_path, key):
                   [{"name": "n", "results": [{"task": "x", "dataset": [], "metrics": "x"}]}], True):
         (at / "README.md").write_text(f"---\n{yaml.safe_dump(data | {key: value})}---\n{body}")
         found = lint.lint(at)
-        assert isinstance(found, list) and (found or key in ("license_name", "tags", "widget", "model-index", "base_model", "datasets", "library_name")), (key, value)
+        may_be_empty = ("license_name", "tags", "widget", "model-index", "base_model", "datasets", "library_name")
+        assert isinstance(found, list) and (found or key in may_be_empty), (key, value)
     (at / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\xfe")
     assert lint.lint(at) == ["README.md is not text in UTF-8"]
 
@@ -258,7 +271,8 @@ def test_what_only_looks_like_code_is_still_markup(tmp_path, body):
 @pytest.mark.parametrize("base, own, fits", [
     ({"license": "cc-by-nc-4.0"}, {"license": "mit"}, False), ({"license": "cc-by-nc-4.0"}, {"license": "cc-by-nc-sa-4.0"}, True),
     ({"license": "other", "license_name": "flux-1-dev-non-commercial-license"}, {"license": "apache-2.0"}, False),
-    ({"license": "other", "license_name": "flux-1-dev-non-commercial-license"}, {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}, True),
+    ({"license": "other", "license_name": "flux-1-dev-non-commercial-license"},
+     {"license": "other", "license_name": "flux-1-dev-non-commercial-license"}, True),
     ({"license": "openrail++"}, {"license": "mit"}, True)])
 def test_a_non_commercial_base_makes_a_non_commercial_student(tmp_path, base, own, fits):
     at = made(tmp_path, facts={"license": own})
@@ -277,7 +291,8 @@ def test_data_cards(tmp_path):
         card.refresh(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("path, fine", [("a/b.json", True), ("../a", False), ("/a", False), ("a/../b", False), ("a\\b", False), ("c:x", False), ("~/a", False), ("", False)])
+@pytest.mark.parametrize("path, fine", [("a/b.json", True), ("../a", False), ("/a", False), ("a/../b", False), ("a\\b", False), ("c:x", False),
+                                        ("~/a", False), ("", False)])
 def test_paths_of_a_repository(path, fine):
     assert lint.inside(path) == fine
 
@@ -297,7 +312,8 @@ def test_shipped_students_say_seed_versions_and_data(folder):
     log = ROOT / "benchmarks" / "students" / f"{folder.name}.config.json"
     if log.exists():
         config = json.loads(log.read_text())
-        assert facts["seed"] == config["seed"] and config["method"] == facts["method"] and f"--teacher {config['teacher']}" in facts["command"] and config["data"] == ""
+        assert facts["seed"] == config["seed"] and config["method"] == facts["method"]
+        assert f"--teacher {config['teacher']}" in facts["command"] and config["data"] == ""
     else:
         assert facts["seed"] == RunConfig.seed and "--seed" not in facts["command"]
     assert f"- seed: {facts['seed']}" in body and "- data: the teacher's own (`" in body and "- energy: " in body

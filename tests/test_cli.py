@@ -94,14 +94,16 @@ def test_a_row_cannot_bring_markup(capsys, monkeypatch):
 
 FILE = __file__
 MISTAKES = [
-    *((name, "dmmd") for name in ("show", "cite", "where", "make", "card", "verify", "train")), ("show", "dmd.emoji-4step", "--recipes"), ("show",), ("nothing",),
+    *((name, "dmmd") for name in ("show", "cite", "where", "make", "card", "verify", "train")), ("show", "dmd.emoji-4step", "--recipes"), ("show",),
+    ("nothing",),
     ("make", "hyper-sd.sdxl-4step"), ("make", "lcm.emoji-4step", "--out", FILE), ("make", "lcm.emoji-4step", "--out", f"{FILE}/run"),
     ("card", FILE), ("card", "no/folder"), ("card", "hyper-sd.sdxl-4step"), ("push", FILE, "me/x"), ("push", "no/folder", "me/x"), ("push", "nofolder", "me/x"),
     ("verify", FILE), ("verify", "dmd.emoji-4step", "--revision", "v1"), ("verify", "hyper-sd.sdxl-4step"),
     *((name, student, *more) for name, more in (("sample", ("a fox",)), ("eval", ("--prompts", FILE)), ("export", ("--to", "fused", "--out", "new")))
       for student in ("hyper-sd.sdxl-4stp", FILE, "./no-folder")),
     *(("sample", "dmd.fashion-4step", "3", *more) for more in (
-        ("--steps", "3"), ("--steps", "0"), ("--steps", "-1"), ("--steps", "four"), ("--guidance", "7"), ("--guidance", "much"), ("--seeds", "0"), ("--seeds", "-2"),
+        ("--steps", "3"), ("--steps", "0"), ("--steps", "-1"), ("--steps", "four"), ("--guidance", "7"), ("--guidance", "much"), ("--seeds", "0"),
+        ("--seeds", "-2"),
         ("--seeds", "x"), ("--seed", "-1"), ("--out", "no/such/folder/a.png"), ("--out", "."), ("--out", "a.doc"), ("--out", f"{FILE}/a.png"),
         ("--device", "cuda:99"), ("--device", "abacus"))),
     ("sample", "dmd.fashion-4step"), ("sample", "dmd.fashion-4step", "10"), ("sample", "dmd.fashion-4step", "-1"), ("sample", "dmd.fashion-4step", "sneakr"),
@@ -133,7 +135,8 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, wo
 
 def test_a_place_that_may_not_be_written_is_found_first(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    for words in (("sample", "x", "3", "--out", tmp_path / "a.png"), ("eval", "x", "--out", tmp_path / "r.json"), ("make", "lcm.emoji-4step", "--out", tmp_path),
+    for words in (("sample", "x", "3", "--out", tmp_path / "a.png"), ("eval", "x", "--out", tmp_path / "r.json"),
+                  ("make", "lcm.emoji-4step", "--out", tmp_path),
                   ("export", "x", "--to", "fused", "--out", tmp_path / "new")):
         assert "may not be written: give a writable path" in fails(capsys, 2, *map(str, words))
 
@@ -161,7 +164,8 @@ def test_the_hub_commands_pass_their_flags_on(capsys, monkeypatch):
     assert said == {"folder": "outputs/x/student", "repo_id": "user/x", "private": True, "revision": "next", "create_pr": True, "tag": "v1",
                     "collection": None}
     data = json.loads(run(capsys, "push", "outputs/x/student", "user/x", "--json"))
-    assert data == {"folder": "outputs/x/student", "repo": "user/x", "url": "https://hub/commit/1", "commit": "1", "pull_request": None, "revision": None, "tag": None}
+    assert data == {"folder": "outputs/x/student", "repo": "user/x", "url": "https://hub/commit/1", "commit": "1", "pull_request": None,
+                    "revision": None, "tag": None}
     monkeypatch.setattr("zoo.hub.publish.push", lambda folder, repo, say, **options: [say(s) for s in ("checking the folder", "sending")] and "https://hub/x")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     cli.main(["push", "outputs/x/student", "user/x"])
@@ -255,7 +259,8 @@ def students(tmp_path_factory):
     made = {"sd": (sd, {}), "lora": (sd, {"lora": 4}), "guided": (sd, {"guidance_embedding": True}), "two": (sd, {"two_time": True}),
             "pixel": (load(str(tiny.tiny_pixel(root / "teacher-pixel"))), {}),
             "plain": (load(str(tiny.tiny_pixel(root / "teacher-plain", classes=None, channels=3))), {}),
-            "dit": (load(str(root / "teacher-dit")), {}), "toy": (toy.Toy(fit_steps=1), {}), "text": (text.load("toy"), {}), "video": (toy_video.ToyVideo(), {})}
+            "dit": (load(str(root / "teacher-dit")), {}), "toy": (toy.Toy(fit_steps=1), {}), "text": (text.load("toy"), {}),
+            "video": (toy_video.ToyVideo(), {})}
     rules = {"two": "jump", "text": "unmask", "video": "causal"}
     terms = {"guided": {"guidance": 3.0, "guidance_range": (1.0, 8.0)}}
     out = {}
@@ -404,7 +409,8 @@ def test_commands_of_the_pages_are_commands():
     found = set()
     for page in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         text = page.read_text(encoding="utf-8")
-        blocks = re.findall(r"^(?:    )?(zoo [a-z]+ [^\n]*)$", text, re.M) + re.findall(r"`(zoo (?:sample|push|eval|export|verify|card|make|show|cite|students) [^`\n]+)`", text)
+        blocks = re.findall(r"^(?:    )?(zoo [a-z]+ [^\n]*)$", text, re.M)
+        blocks += re.findall(r"`(zoo (?:sample|push|eval|export|verify|card|make|show|cite|students) [^`\n]+)`", text)
         found |= {line.split("  #")[0].strip() for line in blocks}
     assert any("zoo sample outputs/dmd-emoji/student" in line for line in found) and len(found) > 5
     for line in sorted(found):

@@ -219,7 +219,8 @@ def test_a_scheduler_against_its_contract():
 
 
 # ------------------------------------------------------------------------------------------------------- schemas
-FIRST = {"knots": {"2": [999, 499], "1": [999]}, "sampler": "renoise", "guidance": 1.0, "prediction": "epsilon", "scheduler": "LCMScheduler", "dtype": "float32",
+FIRST = {"knots": {"2": [999, 499], "1": [999]}, "sampler": "renoise", "guidance": 1.0, "prediction": "epsilon", "scheduler": "LCMScheduler",
+         "dtype": "float32",
          "lora_scale": 1.0, "shift": 1.0, "guidance_range": [1.0, 8.0], "layout": None, "schema": 1, "student": {"family": "sd"}}
 
 

@@ -23,7 +23,8 @@ def zone(root, name, says, joules, wraps=100.0):
 def machine(tmp_path, monkeypatch):
     """Two packages, one with its memory and its cores, and the whole machine's own counter."""
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    for name, says in (("intel-rapl:0", "package-0"), ("intel-rapl:1", "package-1"), ("intel-rapl:0:0", "core"), ("intel-rapl:0:1", "dram"), ("intel-rapl:2", "psys")):
+    for name, says in (("intel-rapl:0", "package-0"), ("intel-rapl:1", "package-1"), ("intel-rapl:0:0", "core"), ("intel-rapl:0:1", "dram"),
+                       ("intel-rapl:2", "psys")):
         zone(tmp_path, name, says, 10)
     return tmp_path
 
@@ -32,7 +33,8 @@ def test_packages_and_memory_are_counted_and_a_counter_may_start_again(machine):
     meter = energy.Meter()
     assert meter.of == ["CPU package-0", "CPU dram", "CPU package-1"] and meter.why == ""
     meter.start()
-    for name, says, joules in (("intel-rapl:0", "package-0", 15), ("intel-rapl:0:1", "dram", 12), ("intel-rapl:1", "package-1", 4), ("intel-rapl:2", "psys", 90)):
+    for name, says, joules in (("intel-rapl:0", "package-0", 15), ("intel-rapl:0:1", "dram", 12), ("intel-rapl:1", "package-1", 4),
+                               ("intel-rapl:2", "psys", 90)):
         zone(machine, name, says, joules)
     meter.read(at_once=True)
     assert meter.joules == pytest.approx(5 + 2 + (100 - 10 + 4))            # the second package went past its 100 J

@@ -93,7 +93,8 @@ def test_a_metric_that_cannot_fetch_its_network_is_skipped():
         evaluate.tried("x", None, lambda: {}["missing"])
 
 
-@pytest.mark.parametrize("error", [AttributeError("no attribute 'clip'\nmore"), ImportError("no torchvision"), KeyError("weights"), AssertionError(), RuntimeError("ops")])
+@pytest.mark.parametrize("error", [AttributeError("no attribute 'clip'\nmore"), ImportError("no torchvision"), KeyError("weights"), AssertionError(),
+                                   RuntimeError("ops")])
 def test_a_package_that_fails_inside_is_a_skipped_row(students, prompts, monkeypatch, error):
     """Whatever HPSv2 or ImageReward raise while scoring or loading, the other rows stand and the reason is said."""
     def broken(*a, **k):

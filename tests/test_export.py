@@ -243,7 +243,8 @@ def test_init_student_without_the_slot_is_the_stock_form(exported):
 
 
 @pytest.mark.parametrize("case, make, match", [
-    ("sd-full", {"lora": 4}, "full-weights student"), ("sd-lora", {"lora": 8}, "give --lora 4"), ("pixel-full", {}, "family"), ("sd", {}, "not an exported student"),
+    ("sd-full", {"lora": 4}, "full-weights student"), ("sd-lora", {"lora": 8}, "give --lora 4"), ("pixel-full", {}, "family"),
+    ("sd", {}, "not an exported student"),
     ("sd-two-lora", {"lora": 4}, "extra input")])
 def test_init_student_refuses(exported, case, make, match):
     root = exported[0]["sd-full"][3].parent

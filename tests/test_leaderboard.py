@@ -289,6 +289,17 @@ def test_a_star_marks_who_ended_before_the_budget_in_every_table():
     assert "*" not in pages.short(ENTRIES, FACTS)
 
 
+def test_more_calls_than_a_student_was_trained_for_are_shown_and_never_its_best():
+    rows = [row(1, 300.0), row(4, 200.0), row(8, 100.0)]
+    text = pages.markdown([ENTRIES[0], entry("lcm", 0, rows), entry("untrained", None, rows, "untrained")], FACTS)
+    assert "| lcm | trajectory | renoise | 300 |  | 200 | 100° |  |" in text and "| 300 |  | 200 | 100 |  |" in text          # the untrained one has no contract
+    assert text.count("° more calls than the student was trained for") == 1 and "°" not in pages.markdown(ENTRIES, FACTS)
+    best = text.split("nearest to real images:")[1]
+    assert "| lcm | 4 | 200 |" in best and "| untrained | 8 | 100 |" in best
+    assert ("lcm renoise: 1 | 4 calls", ("lcm", "renoise", 1), ("lcm", "renoise", 4)) in pages.strips([entry("lcm", 0, rows)])
+    assert [r["beyond"] for r in pages.flat([entry("lcm", 0, rows)])] == [1, None, None]
+
+
 def test_seeds_and_costs_are_told_from_the_rows():
     trained = lambda who, *seeds, seconds=100.0: [entry(who, s, [row(1, 300.0)]) | {"job": JOB | {"training_seconds": seconds + s}} for s in seeds]
     assert pages.seeds(trained("dmd", 0)) == "one seed" and pages.seeds(trained("dmd", 0, 1, 2)) == "three seeds"
@@ -427,9 +438,10 @@ def test_why_a_script_failed_is_one_line():
 
 
 def test_a_student_is_measured_where_its_contract_serves_it():
-    assert run.variants(JOB) == [("renoise", 1), ("renoise", 2), ("renoise", 4)]
+    assert run.variants(JOB) == [("renoise", 1), ("renoise", 2), ("renoise", 4), ("renoise", 8)]
     assert run.variants(JOB | {"sampler": "ode", "steps": [3, 8]}) == [("ode", 8)]
-    assert run.variants(JOB | {"slot": "r"})[3:] == [("jump", 2), ("jump", 4)]
+    assert run.variants(JOB | {"steps": [1]}) == [("renoise", 1)] and run.variants(JOB | {"steps": [2]}) == [("renoise", 2)]      # nothing was learnt between
+    assert run.variants(JOB | {"slot": "r"})[4:] == [("jump", 2), ("jump", 4), ("jump", 8)]
     assert run.variants(JOB | {"slot": "r", "sampler": "jump"})[0] == ("renoise", 1)
 
 
@@ -474,14 +486,14 @@ def test_rows_that_are_there_are_not_repeated_and_errors_are_rows(tmp_path, monk
         run.method(cfg, b, world, "dmd", 0)
     broken, killed = 4, 0
     run.method(cfg, b, world, "dmd", 0)
-    assert trained == ["dmd"] and drawn == [1, 2, 2, 4]               # the first row was kept, and so was the training
+    assert trained == ["dmd"] and drawn == [1, 2, 2, 4, 8]            # the first row was kept, and so was the training
     run.method(cfg, b, world, "dmd", 0)
     run.method(cfg, b, world, "lcm", 0)
     run.method(cfg, b, world, "lcm", 0)
-    assert trained == ["dmd", "lcm"] and drawn == [1, 2, 2, 4]
+    assert trained == ["dmd", "lcm"] and drawn == [1, 2, 2, 4, 8]
     rows = {e["who"]: e for e in b.entries()}
     assert rows["lcm"]["error"] == "error: no images" and rows["lcm"]["rows"] == []
-    assert [r.get("error") for r in rows["dmd"]["rows"]] == [None, None, "ValueError: bad knots"]
+    assert [r.get("error") for r in rows["dmd"]["rows"]] == [None, None, "ValueError: bad knots", None]
     broken = 0
     run.method(dataclasses.replace(cfg, retry=True), b, world, "dmd", 0)
     assert drawn[-1] == 4 and all("error" not in r for r in b.load("dmd", "method", seed=0)["rows"]) and trained == ["dmd", "lcm"]

@@ -65,7 +65,8 @@ def test_the_teacher_reads_the_same_part_and_the_same_pixels(avatars, tmp_path):
     images, columns = emoji_parts.load_images(tmp_path / "small.parquet")
     assert [i for i, s in enumerate(columns["split"]) if s == "train"] == worlds.parts_of(small)[0]
     assert torch.equal(emoji_parts.to_unit(images), data.images(small, 64, 3))
-    assert torch.equal(emoji_parts.load_images(data.ASSETS / "emoji/emoji.parquet")[0][:50], ((data.images(data.emoji("all").select(range(50)), 64, 3) + 1) * 127.5).round().byte())
+    assert torch.equal(emoji_parts.load_images(data.ASSETS / "emoji/emoji.parquet")[0][:50],
+                       ((data.images(data.emoji("all").select(range(50)), 64, 3) + 1) * 127.5).round().byte())
 
 
 # ------------------------------------------------------------------------------------------------------- classifiers
@@ -124,8 +125,10 @@ def test_what_is_missing_is_said_in_one_line_before_anything_is_trained(shapes, 
     settled = run.settle(config(folder, **good))
     assert settled.teacher == str(folder.resolve()) and settled.data == str((shapes / "train").resolve()) and settled.guidance == 2
     absent = str(tmp_path / "none.parquet")
-    for options, word in ((good | {"data": ""}, r"--data \(not given\).*uoft-cs/cifar10"), (good | {"test": absent + "?image=img"}, "--test .*none.parquet.*uoft-cs/cifar10"),
-                          (good | {"teacher": str(tmp_path)}, "gpu.sh"), (good | {"world": "imagenet"}, "avatars and cifar10"), (good | {"world": ""}, "fashion and emoji.*--world"),
+    for options, word in ((good | {"data": ""}, r"--data \(not given\).*uoft-cs/cifar10"),
+                          (good | {"test": absent + "?image=img"}, "--test .*none.parquet.*uoft-cs/cifar10"),
+                          (good | {"teacher": str(tmp_path)}, "gpu.sh"), (good | {"world": "imagenet"}, "avatars and cifar10"),
+                          (good | {"world": ""}, "fashion and emoji.*--world"),
                           ({"world": "avatars", "data": absent}, "make_avatars.py"), ({"world": "avatars", "test": absent}, "hold out their own"),
                           ({"world": "", "teacher": "fashion", "guidance": 3.0}, "--guidance belong to --world"), (good | {"quick": True}, "--quick")):
         with pytest.raises(UserError, match=word) as error:
@@ -159,7 +162,8 @@ def test_a_board_of_a_world_is_about_one_teacher_and_its_data(shapes, tmp_path):
                                                             "results": str(tmp_path / "board"), **options})))
     assert make().facts["teacher"] == "cifar10" and str(tmp_path) not in (tmp_path / "board" / "board.json").read_text()
     make()
-    for options, word in (({"teacher": tiny_pixel(tmp_path / "other", classes=5, channels=3, size=32, seed=1)}, "weights"), ({"test": str(shapes / "train")}, "data"),
+    for options, word in (({"teacher": tiny_pixel(tmp_path / "other", classes=5, channels=3, size=32, seed=1)}, "weights"),
+                          ({"test": str(shapes / "train")}, "data"),
                           ({"guidance": 3.0}, "guidance")):
         with pytest.raises(UserError, match=f"{word}: .*--results"):
             make(**options)
@@ -171,7 +175,8 @@ def test_teachers_and_pictures_that_do_not_fit_are_said(shapes, tmp_path):
     unlabelled.mkdir()
     for path in (shapes / "train" / "0").glob("*.png"):
         shutil.copy(path, unlabelled)
-    sd, plain, small = tiny_sd(tmp_path / "sd"), tiny_pixel(tmp_path / "plain", classes=None, channels=3, size=32), tiny_pixel(tmp_path / "small", classes=4, channels=3, size=32)
+    sd, plain, small = (tiny_sd(tmp_path / "sd"), tiny_pixel(tmp_path / "plain", classes=None, channels=3, size=32),
+                        tiny_pixel(tmp_path / "small", classes=4, channels=3, size=32))
     for teacher, options, word in ((sd, {"world": "cifar10", **place}, "class-conditional"), (plain, {"world": "cifar10", **place}, "class-conditional"),
                                    (small, {"world": "cifar10", **place}, "class numbers from 0 to 2"),
                                    (small, {"world": "cifar10", **place, "data": str(unlabelled)}, "class numbers"),
@@ -183,9 +188,12 @@ def test_teachers_and_pictures_that_do_not_fit_are_said(shapes, tmp_path):
 # ------------------------------------------------------------------------------------------------------- pages
 def test_measures_of_a_world_have_columns_beside_what_real_pictures_get(tmp_path):
     row = {"sampler": "renoise", "steps": 1, "calls": 1, "kid_efflite0": 3.0, "kid_low": 2.0, "kid_high": 4.0, "kid_teacher": 3.0, "ode_error": None,
-           **dict.fromkeys(("precision", "recall", "density", "coverage", "diversity"), 0.5), "agreement": 0.625, "agreement_new": 0.375, "agreement_hair_color": 0.25}
-    entries = [{"who": "lcm", "kind": "method", "family": "trajectory", "seed": seed, "job": None, "rows": [row | {"agreement_new": 0.375 + seed / 8}]} for seed in (0, 1)]
-    facts = {"teacher": "avatars", "samples": 20, "time_budget": 0, "max_calls": 1000, "reference_steps": 8, "flags": "", "hardware": "h", "agreement": "attribute accuracy",
+           **dict.fromkeys(("precision", "recall", "density", "coverage", "diversity"), 0.5), "agreement": 0.625, "agreement_new": 0.375,
+           "agreement_hair_color": 0.25}
+    entries = [{"who": "lcm", "kind": "method", "family": "trajectory", "seed": seed, "job": None,
+                "rows": [row | {"agreement_new": 0.375 + seed / 8}]} for seed in (0, 1)]
+    facts = {"teacher": "avatars", "samples": 20, "time_budget": 0, "max_calls": 1000, "reference_steps": 8, "flags": "", "hardware": "h",
+             "agreement": "attribute accuracy",
              "real": {"held-out real pictures": {"agreement": 0.9, "agreement_hair_color": 0.8}}, "credit": "By its makers."}
     assert pages.more(entries) == ["agreement_new", "agreement_hair_color"]
     pages.table(entries, tmp_path / "t.csv")
@@ -204,8 +212,10 @@ def test_the_gpu_script_gives_flags_that_exist_and_says_what_is_missing(tmp_path
     import make_avatars
     import make_fashion
     import make_teacher
-    for command, cfg in ((r"make_avatars\.py", make_avatars.Config), (r"make_autoencoder\.py", make_autoencoder.Config), (r"make_teacher\.py", make_teacher.Config),
-                         (r"make_fashion\.py", make_fashion.Config), (r"board avatars", run.Config), (r"board cifar10", run.Config), (r"leaderboard/run\.py", run.Config)):
+    for command, cfg in ((r"make_avatars\.py", make_avatars.Config), (r"make_autoencoder\.py", make_autoencoder.Config),
+                         (r"make_teacher\.py", make_teacher.Config),
+                         (r"make_fashion\.py", make_fashion.Config), (r"board avatars", run.Config), (r"board cifar10", run.Config),
+                         (r"leaderboard/run\.py", run.Config)):
         lines = re.findall(rf"{command} ((?:[^\n]*\\\n)*[^\n]*)", script.read_text())
         line = re.sub(r'--flags="[^"]*"', "--flags", lines[-1])
         flags = {f.replace("-", "_") for f in re.findall(r"--([\w-]+)", line)}
@@ -254,7 +264,8 @@ def test_what_the_page_says_of_the_classifier_is_so(tmp_path):
 @pytest.mark.slow
 def test_avatars_from_teacher_to_table(avatars, tmp_path):
     avatars.select(range(160)).to_parquet(tmp_path / "few.parquet")
-    cfg = config(tiny_sd(tmp_path / "teacher"), world="avatars", data=str(tmp_path / "few.parquet"), methods=("lcm",), results=str(tmp_path / "board"), work=str(tmp_path / "work"), **SMALL)
+    cfg = config(tiny_sd(tmp_path / "teacher"), world="avatars", data=str(tmp_path / "few.parquet"), methods=("lcm",),
+                 results=str(tmp_path / "board"), work=str(tmp_path / "work"), **SMALL)
     rows, facts, table = measured(cfg)
     assert set(rows) == {"teacher", "dpmsolver++", "unipc", "untrained", "lcm"}
     for row in rows.values():
@@ -268,9 +279,11 @@ def test_avatars_from_teacher_to_table(avatars, tmp_path):
 @pytest.mark.slow
 def test_labelled_colour_pictures_from_teacher_to_table(shapes, tmp_path):
     import make_fashion
-    make_fashion.main(make_fashion.Config(images=str(shapes / "train"), out=str(tmp_path / "teacher"), run=str(tmp_path / "run"), log=str(tmp_path / "log.jsonl"),
+    make_fashion.main(make_fashion.Config(images=str(shapes / "train"), out=str(tmp_path / "teacher"), run=str(tmp_path / "run"),
+                                          log=str(tmp_path / "log.jsonl"),
                                           minutes=0.02, batch=8, width=8))
-    cfg = config(tmp_path / "teacher", world="cifar10", data=str(shapes / "train"), test=str(shapes / "test"), methods=("dmd",), results=str(tmp_path / "board"),
+    cfg = config(tmp_path / "teacher", world="cifar10", data=str(shapes / "train"), test=str(shapes / "test"), methods=("dmd",),
+                 results=str(tmp_path / "board"),
                  work=str(tmp_path / "work"), **SMALL)
     rows, facts, table = measured(cfg)
     assert set(rows) == {"teacher", "dpmsolver++", "unipc", "untrained", "dmd"} and all(0 <= row["agreement"] <= 1 for row in rows.values())

@@ -59,7 +59,8 @@ def test_life(world, tmp_path, name, family, lora):
     needs_images = registry.method(name).needs.startswith("images")
     cfg = script.Config(teacher=str(world / family), data=str(world / ("images" if needs_images else "prompts.txt")) if family == "sd" or needs_images else "",
                         batch=4, steps=2, lora=lora, time_budget=0, output_dir=str(tmp_path / "run"), sample_every=2, measure_every=2, checkpoint_every=1,
-                        gradient_checkpointing=bool(lora) and family == "sd", mixed_precision="no", guidance=2.0, report_to="tensorboard" if lora else "none", **TINY.get(name, {}))
+                        gradient_checkpointing=bool(lora) and family == "sd", mixed_precision="no", guidance=2.0,
+                        report_to="tensorboard" if lora else "none", **TINY.get(name, {}))
     run = script.main(cfg)
     pristine = {k: v.clone() for k, v in DiffusionPipeline.from_pretrained(str(world / family)).unet.state_dict().items()}
     base = {k.replace(".base_layer", ""): v for k, v in run.model.module.state_dict().items() if "lora_" not in k and "cond_proj" not in k}
@@ -117,7 +118,8 @@ def contents(file: Path) -> dict:
 
 
 # Self Forcing's is in tests/methods/test_self_forcing.py, on a tiny pipeline of its own.
-@pytest.mark.parametrize("name, lora", [(m.name, 0) for m in registry.methods() if m.modality != "video"] + [(n, 4) for n in ("dmd", "meanflow", "rcm", "tscd", "swiftbrush")])
+@pytest.mark.parametrize("name, lora", [(m.name, 0) for m in registry.methods() if m.modality != "video"]
+                         + [(n, 4) for n in ("dmd", "meanflow", "rcm", "tscd", "swiftbrush")])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, lora):
     """Left in the middle of step 3, after some of its networks have moved, with the checkpoint of step 2 on the disk: a new `main` goes on from there
     and ends where the run that nothing stopped ends. (test_run.py kills real processes, of three scripts.)"""
@@ -198,7 +200,8 @@ def test_guidance_is_the_stock_pipelines_own(world):
     def keep(p, i, t, kwargs):
         seen.setdefault("x1", kwargs["latents"].clone())
         return kwargs
-    pipe("a blue cat", latents=noise, num_inference_steps=4, guidance_scale=3.5, output_type="latent", callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"])
+    pipe("a blue cat", latents=noise, num_inference_steps=4, guidance_scale=3.5, output_type="latent", callback_on_step_end=keep,
+         callback_on_step_end_tensor_inputs=["latents"])
     t, r = torch.tensor([1.0]), torch.tensor([0.75])
     cond, uncond = {"prompt": model.encode_prompts(["a blue cat"])}, {"prompt": model.encode_prompts([""])}
     v = losses.guided(model.teacher, noise, t, cond, uncond, 3.5, to="v")

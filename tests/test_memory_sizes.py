@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks" / "memory"
 sys.path[:0] = [str(HERE), str(ROOT / "train_scripts")]
 
+from zoo.errors import UserError  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def bench():
@@ -66,41 +68,45 @@ def peaks(bench, script, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, flags", [("dmd", {"gan": 1e-3}), ("dmd", {"lora": 4, "gradient_checkpointing": True}), ("lcm", {})], ids=["gan", "lora", "lcm"])
+@pytest.mark.parametrize("script, flags", [("dmd", {"gan": 1e-3}), ("dmd", {"lora": 4, "gradient_checkpointing": True}), ("lcm", {})],
+                         ids=["gan", "lora", "lcm"])
 def test_a_simulated_step_takes_what_a_real_one_takes(bench, script, flags):
     simulated, real = peaks(bench, script, (bench.DMD if script == "dmd" else {}) | flags)
     assert abs(simulated / real - 1) < 0.05, (simulated, real)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Blocks of these widths, that may be checkpointed, on vectors of 8."""
+    func = None
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Block, widths))
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func):
+        self.func = gradient_checkpointing_func
+
+    def forward(self, x, timestep=None):
+        for block in self.blocks:
+            x = block(x) if self.func is None else self.func(block, x)
+        return x
 
 
 def test_a_checkpointed_network_is_counted_with_its_largest_block():
     from zoo import denoiser, plan
     from zoo.process import RectifiedFlow
 
-    class Block(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
-
-        def forward(self, x):
-            return x + self.down(torch.relu(self.up(x)))
-
-    class Net(nn.Module):
-        func = None
-
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([Block(16), Block(1024), Block(16)])
-
-        def enable_gradient_checkpointing(self, gradient_checkpointing_func):
-            self.func = gradient_checkpointing_func
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x) if self.func is None else self.func(block, x)
-            return x
-
     def counted(checkpointed):
-        net = Net()
+        net = Net(16, 1024, 16)
         if checkpointed:
             denoiser.checkpoint_activations(net)
         return plan.activation_bytes(denoiser.Denoiser(net, RectifiedFlow(), "velocity", lambda m, x, t, c: m(x)), (8,), {})
@@ -109,6 +115,64 @@ def test_a_checkpointed_network_is_counted_with_its_largest_block():
     # twice: its gradient); a few bytes are the times.
     assert 0 <= plain - 4 * (3 * 8 + 16 + 1024 + 16) < 64 and 0 <= saving - 4 * (3 * 8 + 2 * 1024) < 64
     assert denoiser.LOOKING == []
+
+
+def begun(out, *widths, **fields):
+    """A Run of such a network, with a micro-batch of 4, and its student."""
+    import train_dmd
+
+    from zoo.backbones.custom import Custom
+    from zoo.run import Run
+    model = Custom(Net(*widths), {"x0": torch.zeros(4, 8)}, shape=(8,))
+    run = Run(train_dmd.Config(teacher=model, output_dir=str(out / "run"), batch=8, accumulate=2, **fields), model)
+    return run, run.train("student", model.make("student", gradient_checkpointing=run.cfg.gradient_checkpointing), 1e-3)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_activations_are_those_of_a_micro_batch_in_the_runs_precision(tmp_path, precision, checkpointed):
+    """Under bf16 half of them, and the weights it has cast, which are there once whatever the batch."""
+    from zoo.plan import plan
+    run, _ = begun(tmp_path, 512, mixed_precision=precision, gradient_checkpointing=checkpointed)
+    size, low = (4, False) if precision == "no" else (2, True)
+    inside = 512 * size                                             # relu's result, of one sample
+    casts = 8 * 512 * 2 * low                                       # of the second matrix: no gradient goes through the first
+    if checkpointed:                                                # its input is kept, the rest made again, with a gradient of the largest part
+        wanted = 4 * (8 * 4 + inside + 8 * 2 * low) + casts + (casts if low else 4 * inside)
+    else:
+        wanted = 4 * (8 * size + inside) + casts
+    found = plan(run).roles["student"]["activations"]
+    assert 0 <= found - wanted < 4 * 64, (found, wanted)            # a few numbers a sample are the times
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_estimate_adds_what_is_there_at_once(tmp_path, monkeypatch, offload):
+    """Every optimiser's states, and of gradient and activations those of the trainee that has the most: they go with its step."""
+    from zoo import plan
+    from zoo.denoiser import Denoiser
+    from zoo.process import RectifiedFlow
+    run, student = begun(tmp_path, 64, mixed_precision="no", offload_averages=offload)
+    critic = run.train("critic", Denoiser(Net(4), RectifiedFlow(), "velocity", lambda m, x, t, c: m(x)), 1e-3)
+    for decay in (0.9, 0.99):
+        run.average(student, decay)
+    large, small = (4 * sum(p.numel() for p in t.params.values()) for t in (student, critic))
+    base = 4 * sum(p.numel() for p in run.model.module.parameters())
+    assert large == base == 4 * (2 * 8 * 64 + 64 + 8) and small == 4 * (2 * 8 * 4 + 4 + 8)
+    states, averages = 2 * (large + small), 2 * large
+    for of_large, of_small, once in ((100, 9000, small + 4 * 9000), (900, 1000, large + 4 * 900)):      # either may be the larger
+        sizes = {student.net: of_large, critic.net: of_small}
+        monkeypatch.setattr(plan, "_activations", lambda run, net, cond, micro: sizes[net] * micro)
+        estimate = plan.plan(run)
+        assert estimate.needed == states + once
+        assert estimate.held == base + large + small + (0 if offload else averages)
+        role = estimate.roles["student"]
+        assert role == {"weights": large, "gradient": large, "optimizer": 2 * large, "activations": 4 * of_large,
+                        "averages": averages * (not offload), "host_averages": averages * offload}
+    estimate.free = estimate.needed
+    estimate.refuse_if_too_large()
+    estimate.free -= 1
+    with pytest.raises(UserError, match="micro-batch is 4"):
+        estimate.refuse_if_too_large()
 
 
 def test_the_estimate_leaves_nothing_behind():

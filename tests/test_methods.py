@@ -122,7 +122,8 @@ def test_backward_simulation_keeps_the_exact_marginal():
         process = RF
         def __call__(self, x, t, cond):
             return world.flow_map(x, t, torch.zeros_like(t))
-    x, t = rollout.backward_simulation(FlowMap(), torch.randn(n, 1, generator=g), {}, torch.tensor([1.0, 0.75, 0.5, 0.25]), 3, lambda: torch.randn(n, 1, generator=g))
+    x, t = rollout.backward_simulation(FlowMap(), torch.randn(n, 1, generator=g), {}, torch.tensor([1.0, 0.75, 0.5, 0.25]), 3,
+                                       lambda: torch.randn(n, 1, generator=g))
     assert t[0] == 0.25 and abs(x.var() - (0.75**2 + 0.25**2)) < 5e-3
 
 
@@ -256,9 +257,11 @@ def test_derivatives_do_not_see_mixed_precision(how):
     plain = calculus.total_derivative(net, (x,), (v,), how)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = calculus.total_derivative(net, (x,), (v,), how)
-        residual = train_flow_map.lagrangian(lambda x, t, r: net(x) * r[:, None, None, None], lambda x, t: x, x, torch.full((2,), 0.8), torch.full((2,), 0.4), how, 5e-3)
+        residual = train_flow_map.lagrangian(lambda x, t, r: net(x) * r[:, None, None, None], lambda x, t: x, x, torch.full((2,), 0.8),
+                                             torch.full((2,), 0.4), how, 5e-3)
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed)) and residual.dtype == torch.float32
-    exact = train_flow_map.lagrangian(lambda x, t, r: net(x) * r[:, None, None, None], lambda x, t: x, x, torch.full((2,), 0.8), torch.full((2,), 0.4), how, 5e-3)
+    exact = train_flow_map.lagrangian(lambda x, t, r: net(x) * r[:, None, None, None], lambda x, t: x, x, torch.full((2,), 0.8),
+                                      torch.full((2,), 0.4), how, 5e-3)
     assert torch.equal(residual, exact)
 
 

@@ -63,7 +63,8 @@ def test_constraints_pin_every_direct_dependency():
     pins = {re.match(r"[\w-]+", line)[0] for line in lines}
     assert all(re.fullmatch(r"[\w-]+==[\d.]+(; python_version >= \"[\d.]+\")?", line) for line in lines)
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = {re.match(r"[\w-]+", d)[0] for group in (PROJECT["project"]["dependencies"], *(extras[e] for e in ("metrics", "space", "browser", "logs", "deepspeed", "bench", "test")))
+    wanted = {re.match(r"[\w-]+", d)[0] for group in (PROJECT["project"]["dependencies"],
+                                                      *(extras[e] for e in ("metrics", "space", "browser", "logs", "deepspeed", "bench", "test")))
               for d in group} - {"fewstep"}
     assert wanted == pins
 

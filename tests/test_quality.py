@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 def test_ninety_seconds_of_dmd_close_part_of_the_gap_on_fashion(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     subprocess.run([sys.executable, str(ROOT / "train_scripts/train_dmd.py"), "--teacher", "fashion", "--student_times", "1.0", "--time_budget", "90",
-                    "--output_dir", str(tmp_path / "run"), "--sample_every", "0", "--measure_every", "0"], check=True, env=env | {"PYTHONPATH": str(ROOT)}, timeout=600)
+                    "--output_dir", str(tmp_path / "run"), "--sample_every", "0", "--measure_every", "0"], check=True,
+                   env=env | {"PYTHONPATH": str(ROOT)}, timeout=600)
     facts = json.loads((tmp_path / "run" / "measured.json").read_text())
     distance = {(r["who"], r["steps"]): r["conditional_kid_fashionnet"] for r in facts["measured"]}
     closed = (distance["teacher", 1] - distance["student", 1]) / (distance["teacher", 1] - distance["teacher", 25])

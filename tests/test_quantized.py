@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parent / "backbones")]
 import tiny_a  # noqa: E402
 import tiny_b  # noqa: E402
 
-from zoo import backbones, quantized, watch  # noqa: E402
+from zoo import backbones, calculus, quantized, watch  # noqa: E402
 from zoo.errors import UserError  # noqa: E402
 
 BITS = (8, 4)
@@ -173,7 +173,8 @@ def test_bytes_are_those_held(folder, bits):
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
 def test_sixteen_bits_change_nothing_under_bf16(folder, name):
-    """Under autocast the prediction is that of the full teacher bit for bit, and so is the gradient of an adapter; without it only the weights' rounding shows."""
+    """Under autocast the prediction is that of the full teacher bit for bit, and so is the gradient of an adapter; without it only the weights'
+    rounding shows."""
     x = t = cond = None
     out, gradients, plain = [], [], []
     for bits in (0, 16):
@@ -193,6 +194,27 @@ def test_sixteen_bits_change_nothing_under_bf16(folder, name):
         gradients.append(torch.autograd.grad(out[-1].square().mean(), list(student.trainable().values()), allow_unused=True))
     assert torch.equal(*out) and 0 < relative(*plain[::-1]) < 0.1
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("how", ["jvp", "fd"])
+def test_derivatives_with_sixteen_bits_are_those_of_the_rounded_weights(folder, how):
+    """Also in a run under bf16: derivatives are taken in float32, where the packed weights are read as they are and nothing else is rounded."""
+    model, rounded, full = (opened(folder, "sd3") for _ in range(3))
+    quantized.quantize(model, 16, "cpu")
+    for path in quantized.of(model.module).layers:
+        weight = rounded.module.get_submodule(path).weight.data
+        weight.copy_(weight.bfloat16())
+    x, t, cond = given(model)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+
+    def taken(m):
+        with torch.autocast("cpu", torch.bfloat16):
+            return calculus.total_derivative(lambda x, t: m.teacher(x, t, cond, to=m.pred), (x, t), (direction, torch.ones_like(t)), how)
+    (value, slope), wanted = taken(model), taken(rounded)
+    assert torch.equal(value, wanted[0]) and torch.equal(slope, wanted[1]) and slope.dtype == torch.float32
+    assert slope.norm() > 1 and 0 < relative(slope, taken(full)[1]) < 0.1
+    cfg = train_meanflow.Config(teacher=model.folder, lora=2, base_bits=16, derivative=how)
+    quantized.check(cfg, model, cut=False)                # and it is not refused
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -245,7 +267,6 @@ def test_the_student_leaves_as_a_plain_lora_on_the_published_base(folder, tmp_pa
 def test_a_second_time_and_a_difference_along_it(folder):
     """Surgery leaves the packed layers alone; a difference of nearby calls is that of a plain network with the same weights, since nothing but
     weights is rounded."""
-    from zoo import calculus
     model, plain = opened(folder, "sd3"), opened(folder, "sd3")
     quantized.quantize(model, 8, "cpu")
     for path in quantized.of(model.module).layers:

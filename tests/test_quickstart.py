@@ -67,7 +67,8 @@ def test_what_readme_says_of_the_results_is_so():
     assert dmd[1] > 0.3 and abs(dmd[2]) < 0.1 and dmd[4] < 0
     own = {s["teacher"]: s["jobs"]["student"]["own"]["gap_closed"] for s in run.logs()[0]}
     assert abs(own["emoji"]["4"]) < 0.1
-    untrained = {r["calls"]: r["kid_efflite0"] for r in json.loads((ROOT / "benchmarks/leaderboard/fashion-0.06Mcalls/rows/untrained.json").read_text())["rows"]}
+    untrained = {r["calls"]: r["kid_efflite0"]
+                 for r in json.loads((ROOT / "benchmarks/leaderboard/fashion-0.06Mcalls/rows/untrained.json").read_text())["rows"]}
     teacher = {k: kid["fashion", "teacher", k]["kid_efflite0"] for k in (1, 2, 4)}
     assert 0.85 * teacher[1] < untrained[1] < teacher[1] and untrained[2] > teacher[2] and untrained[4] > teacher[4]
 

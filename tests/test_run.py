@@ -22,7 +22,9 @@ TOY = ["--teacher", "toy", "--batch", "64", "--checkpoint_every", "4", "--sample
 
 
 def launch(script, out, *flags, ranks=1, wait=True, toy=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29500 + os.getpid() % 400)] if ranks > 1 else [sys.executable]
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29500 + os.getpid() % 400)]
     command += [str(SCRIPTS / f"train_{script}.py"), *(TOY if toy else []), "--output_dir", str(out), *flags]
     if not wait:
         return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -122,7 +124,8 @@ from zoo import run as R
 import accelerate
 R.Run.watch = lambda self, *a, **k: None
 accelerate.Accelerator.end_training = lambda self: None      # it would close the process group the check below needs
-r = train_dmd.main(train_dmd.Config(teacher="toy", steps=3, batch=64, gan=0.01, accumulate=2, lora=int(sys.argv[2]), output_dir=sys.argv[1], time_budget=0, measure_every=0, sample_every=0))
+r = train_dmd.main(train_dmd.Config(teacher="toy", steps=3, batch=64, gan=0.01, accumulate=2, lora=int(sys.argv[2]), output_dir=sys.argv[1],
+                                    time_budget=0, measure_every=0, sample_every=0))
 assert r.world == 2, r.world
 for t in r.trainees.values():
     mine = torch.cat([p.detach().flatten() for p in t.params.values()]).double()
@@ -136,7 +139,8 @@ print("equal on both ranks", flush=True)
 @pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_trainee_is_equal_on_all_ranks(tmp_path, lora):
     (tmp_path / "ranks.py").write_text(RANKS)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90), str(tmp_path / "ranks.py"), str(tmp_path / "out"), str(lora)],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90),
+                           str(tmp_path / "ranks.py"), str(tmp_path / "out"), str(lora)],
                           env={**ENV, "PYTHONPATH": f"{ROOT}:{SCRIPTS}"}, capture_output=True, text=True, timeout=300)
     assert done.stdout.count("equal on both ranks") == 2, done.stdout + done.stderr[-3000:]
 
@@ -383,7 +387,8 @@ def test_bad_input_of_the_whole_script_is_one_last_line_and_exit_code_2(tmp_path
     run = lambda name, *flags: [*TOY, "--output_dir", str(tmp_path / name), *flags]
     cases = {
         "prompts": ("dmd", ["--data", str(tmp_path / "empty.txt"), "--output_dir", str(tmp_path / "a")], "empty.txt"),
-        "images": ("ladd", ["--teacher", "fashion", "--data", str(images), "--output_dir", str(tmp_path / "b"), "--batch", "4", "--steps", "4"], "1 of 14 images"),
+        "images": ("ladd", ["--teacher", "fashion", "--data", str(images), "--output_dir", str(tmp_path / "b"), "--batch", "4", "--steps", "4"],
+                   "1 of 14 images"),
         "memory": ("dmd", run("c", "--batch", "2000000000"), "smaller --batch"),
         "first": ("dmd", run("d", "--steps", "4"), ""),
         "changed": ("dmd", run("d", "--steps", "8", "--critic_updates", "5", "--lr", "0.5"), "critic_updates: 2 -> 5"),
@@ -421,7 +426,8 @@ def picture(i: int) -> bytes:
 
 @pytest.mark.slow
 def test_under_accelerate_launch_the_error_is_the_last_line_before_the_launchers_trace(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", str(SCRIPTS / "train_dmd.py"), "--teacher", "emojii", "--output_dir", str(tmp_path / "run")],
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", str(SCRIPTS / "train_dmd.py"), "--teacher", "emojii", "--output_dir",
+                           str(tmp_path / "run")],
                           env=ENV, capture_output=True, text=True, timeout=120)
     lines = done.stderr.splitlines()
     trace = lines.index("Traceback (most recent call last):")
@@ -445,7 +451,8 @@ def test_a_run_reports_to_trackio(tmp_path):
     """Without network: trackio keeps its numbers in a folder of this machine. Stopped and resumed, it has the rows of both parts."""
     pytest.importorskip("trackio")
     home = {**ENV, "HF_HOME": str(tmp_path / "home"), "TRACKIO_DIR": str(tmp_path / "trackio")}
-    command = [sys.executable, str(SCRIPTS / "train_dmd.py"), *TOY, "--output_dir", str(tmp_path / "run"), "--report_to", "trackio", "--log_every", "2", "--steps"]
+    command = [sys.executable, str(SCRIPTS / "train_dmd.py"), *TOY, "--output_dir", str(tmp_path / "run"), "--report_to", "trackio", "--log_every",
+               "2", "--steps"]
     for steps in ("4", "8"):
         done = subprocess.run([*command, steps], env=home, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -81,7 +81,8 @@ def lcm(folder, monkeypatch, ahead, **options):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "__init__", init)
         script = options.pop("script", train_lcm)
-        run = script.main(script.Config(teacher=Toy(fit_steps=0), output_dir=str(folder), batch=8, time_budget=0, sample_every=0, measure_every=0, checkpoint_every=0,
+        run = script.main(script.Config(teacher=Toy(fit_steps=0), output_dir=str(folder), batch=8, time_budget=0, sample_every=0, measure_every=0,
+                                        checkpoint_every=0,
                                         **options))
     return {f"{t.name}.{k}": p.detach() for t in run.trainees.values() for k, p in t.params.items()}, readers[0]
 
@@ -206,7 +207,8 @@ def of_toy(script, folder, monkeypatch, **options):
     with monkeypatch.context() as patch:
         patch.setattr(zoo.watch.Watcher, "finish", lambda self: None)
         patch.setattr(Denoiser, "_call", lambda self, *args: (made.append(len(args[0])), call(self, *args))[1])
-        run = script.main(script.Config(teacher=Toy(fit_steps=0), output_dir=str(folder), batch=16, time_budget=0, sample_every=0, measure_every=0, checkpoint_every=0,
+        run = script.main(script.Config(teacher=Toy(fit_steps=0), output_dir=str(folder), batch=16, time_budget=0, sample_every=0, measure_every=0,
+                                        checkpoint_every=0,
                                         **{"mixed_precision": "no"} | options))
     return {f"{t.name}.{k}": p.detach() for t in run.trainees.values() for k, p in t.params.items()}, run.calls, made
 

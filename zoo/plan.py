@@ -34,9 +34,9 @@ class Estimate:
                             f"a larger --accumulate (micro-batch is {self.micro_batch}), --gradient_checkpointing or --lora 64")
 
 
-def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
-    """Bytes autograd keeps for one sample through `net`, counted at one real forward pass (parameters excluded). Under activation checkpointing
-    the largest block is added, which the backward pass makes again."""
+def activation_bytes(net, shape: tuple[int, ...], cond: dict, n: int = 1) -> int:
+    """Bytes autograd keeps for `n` samples through `net`, counted at one real forward pass (parameters excluded, not what autocast makes of them).
+    Under activation checkpointing the largest block is added, which the backward pass makes again."""
     seen: dict[int, int] = {}
     place = lambda tensor: tensor.untyped_storage()._cdata
     own = {place(sharding.own(p)) for p in (*net.trainable().values(), *net.module.parameters())}
@@ -62,11 +62,11 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
 
     device = next(iter(net.trainable().values())).device
     tokens = isinstance(net.process, Masked)
-    x = net.process.prior(1, *shape, device) if tokens else torch.randn(1, *shape, device=device)
-    t = torch.full((1,), 0.5, device=device)
-    cond = {k: v[:1].to(device) for k, v in cond.items()}
+    x = net.process.prior(n, *shape, device) if tokens else torch.randn(n, *shape, device=device)
+    t = torch.full((n,), 0.5, device=device)
+    cond = {k: v[:1].repeat_interleave(n, 0).to(device) for k, v in cond.items()}
     if net.slot == "guidance":
-        cond["guidance"] = torch.ones(1, device=device)
+        cond["guidance"] = torch.ones(n, device=device)
     hooks = [m.register_forward_pre_hook(gathered) for m in net.module.modules()] if sharding.is_cut(net.module) else []
     denoiser.LOOKING.append(look)
     try:
@@ -79,10 +79,13 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict) -> int:
     return sum(seen.values()) + inside[0]
 
 
-def _activations(run, net, cond: dict) -> int:
-    """`activation_bytes` in the run's precision; what the pass leaves behind in cycles is let go, which else lies under the first step."""
+def _activations(run, net, cond: dict, micro: int) -> int:
+    """`activation_bytes` of a micro-batch in the run's precision, from passes of one and of two samples: weights that autocast has cast are kept once,
+    however many samples follow. What the passes leave behind in cycles is let go, which else lies under the first step."""
     with run.accelerator.autocast():
         size = activation_bytes(net, run.model.shape, cond)
+        if micro > 1:
+            size += (micro - 1) * (activation_bytes(net, run.model.shape, cond, 2) - size)
     gc.collect()
     return size
 
@@ -102,7 +105,7 @@ def plan(run) -> Estimate:
         r = roles[t.name] = {"weights": 0 if t.net.role else size(t.net.module.parameters()), "gradient": size(t.own.values()),
                              "optimizer": sum(optimizers.state_bytes(cfg.optimizer, tuple(p.shape), p.element_size()) for p in t.own.values()),
                              "averages": 0 if cfg.offload_averages else averages, "host_averages": averages if cfg.offload_averages else 0,
-                             "activations": _activations(run, t.net, cond) * micro}
+                             "activations": _activations(run, t.net, cond, micro)}
         if run.engine is not None and run.engine.trainee is t:
             r |= run.engine.planned(r, lambda shape: optimizers.state_bytes(cfg.optimizer, shape))
         held, needed = held + r["weights"] + r["averages"], needed + r["optimizer"]

@@ -2,9 +2,9 @@
 
 Packed are the linear layers inside the blocks that a network repeats (down, mid and up stages of a UNet), each by itself when the run begins, as
 bitsandbytes packs them: rows of int8 with a scale, or blocks of 64 numbers of 4 bits (NF4, scales of 8 bits). 16 is bfloat16, without a library: what
-bf16 autocast computes with anyway, so that such a run's numbers are those of one without the flag. Convolutions, norms, biases, time
-embeddings, the first and the last layer stay as they were loaded: they are few, or are read and changed by what the methods add. The teacher is
-then an approximation too; `benchmarks/quantized` says how near.
+bf16 autocast computes with anyway, so that such a run's numbers are those of one without the flag (derivatives in time, taken
+in float32, are of the rounded weights). Convolutions, norms, biases, time embeddings, the first and the last layer stay as they were loaded: they
+are few, or are read and changed by what the methods add. The teacher is then an approximation too; `benchmarks/quantized` says how near.
 
 Packed on loading (`quantization_config` of diffusers) the same layers would need a GPU for every test, and a LoRA could not be merged back exactly.
 So they are packed after it, and an exported student holds the weights as they were published, plus its adapter."""

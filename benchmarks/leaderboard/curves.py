@@ -86,7 +86,8 @@ def reading(series: dict[str, dict[str, list]]) -> str:
     rises = [f"`{name}` in {seeds.count(False)} of {len(seeds)}" for name, seeds in falls.items() if not all(seeds)]
     once = [f"`{name}`" for name, own in series.items() if own.get("measure/score") and name not in falls]
     same = [f"`{name}`" for name, own in series.items() if "student/loss" in own and constant(own["student/loss"])]
-    lines = [f"From the first measurement to the last the score falls in every seed of {len(always)} of {len(falls)} methods" + (f"; it ends higher for {', '.join(rises)} seeds." if rises else ".")]
+    lines = [f"From the first measurement to the last the score falls in every seed of {len(always)} of {len(falls)} methods"
+             + (f"; it ends higher for {', '.join(rises)} seeds." if rises else ".")]
     if once:
         lines.append(f"{' and '.join(once)}: so few updates fit into this budget that the score was measured at the end alone, one point a seed.")
     if same:
@@ -113,7 +114,8 @@ def caption(entries: list[dict], folder: Path) -> str:
     """What stands between the markers of docs/symptoms.md."""
     facts = json.loads((folder / "board.json").read_text())
     seeds = sorted({e["seed"] for e in entries if e.get("curve")})
-    text = f"![reference curves](curves.png)\n\nRuns of the leaderboard `{folder.name}`, a line per seed ({', '.join(map(str, seeds))}); {facts['hardware']}. {reading(curves(entries))}"
+    text = (f"![reference curves](curves.png)\n\nRuns of the leaderboard `{folder.name}`, a line per seed ({', '.join(map(str, seeds))}); "
+            f"{facts['hardware']}. {reading(curves(entries))}")
     if names := without(HERE / "other"):
         text += f" The text and video rows ({', '.join(f'`{n}`' for n in names)}) were kept without their curves; `other.py` keeps them when it trains again."
     return text

@@ -16,21 +16,22 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 METRICS = ("kid_efflite0", "kid_low", "kid_high", "kid_teacher", "precision", "recall", "density", "coverage", "agreement", "diversity", "ode_error")
 COST = ("training_steps", "training_calls", "training_seconds", "budget_used", "peak_memory_gb", "parameters", "trained_parameters")
-COLUMNS = ("who", "kind", "family", "seed", "sampler", "steps", "calls", *METRICS, *COST, "warnings", "error")
+COLUMNS = ("who", "kind", "family", "seed", "sampler", "steps", "calls", "beyond", *METRICS, *COST, "warnings", "error")
 OTHERS = {"sdtt": "ngram_js", "self_forcing": "conditional_kid_efflite0"}      # text and video: the measure beside the paper's number
 MEDIANS = ("training_seconds",)      # over seeds: one run that waited for other work of the machine is no cost of the method
 
 
 # ------------------------------------------------------------------------------------------------------- rows
 def flat(entries: list[dict]) -> list[dict]:
-    """One dict per row of the table; a method that did not train is one row with its error."""
+    """One dict per row of the table; a method that did not train is one row with its error. beyond: more calls than the contract serves."""
     out = []
     for e in entries:
         who = {k: e[k] for k in ("who", "kind", "family", "seed")}
         job = e["job"] or {}
         cost = {k: job.get(k) for k in COST} | {"warnings": "; ".join(job.get("warnings", []))}
         out += [who | {"error": e["error"]}] if "error" in e else []
-        out += [who | row | cost for row in sorted(e["rows"], key=lambda r: (r["sampler"], -r["calls"]))]
+        beyond = lambda row: {"beyond": 1 if job and row["steps"] > max(job["steps"]) else None}
+        out += [who | row | beyond(row) | cost for row in sorted(e["rows"], key=lambda r: (r["sampler"], -r["calls"]))]
     return out
 
 
@@ -56,7 +57,7 @@ def average(rows: list[dict]) -> list[dict]:
             groups.setdefault((row["who"], row["sampler"], row["steps"]), []).append(row)
     out = []
     for group in groups.values():
-        mean = {k: group[0][k] for k in ("who", "kind", "family", "sampler", "steps", "calls")} | {"seeds": len(group)}
+        mean = {k: group[0][k] for k in ("who", "kind", "family", "sampler", "steps", "calls", "beyond")} | {"seeds": len(group)}
         for key in (*METRICS, *COST, *others):
             values = [r[key] for r in group if r.get(key) is not None]
             if key in MEDIANS:
@@ -76,6 +77,11 @@ def by_student(rows: list[dict]) -> list[list[dict]]:
 
 
 # ------------------------------------------------------------------------------------------------------- tables
+def nearest(group: list[dict]) -> dict:
+    """The row nearest to real images, of those that the student was trained for."""
+    return min((r for r in group if not r["beyond"]), key=lambda r: r["kid_efflite0"][0])
+
+
 def show(value: tuple | None, digits: int = 0, scale: float = 1.0) -> str:
     """Mean and spread as text."""
     if value is None:
@@ -95,9 +101,11 @@ def early(group: list[dict]) -> bool:
 
 
 def legend(groups: list[list[dict]]) -> list[str]:
-    """What the star says, of those that have one."""
+    """What the marks say, of those that have one."""
+    beyond = any(r["beyond"] for g in groups for r in g)
+    told = ["", "° more calls than the student was trained for, spaced as its own times are."] if beyond else []
     spent = {g[0]["who"]: f"{g[0]['training_calls'][0]:,.0f} calls" for g in groups if early(g)}
-    return ["", "\\* reached its script's own `--steps` before the budget was spent (" + ", ".join(f"{who}: {n}" for who, n in spent.items()) + ")."] if spent else []
+    return ["", "\\* reached its script's own `--steps` before the budget was spent (" + ", ".join(f"{who}: {n}" for who, n in spent.items()) + ")."] * bool(spent) + told
 
 
 def budget(facts: dict) -> str:
@@ -147,6 +155,8 @@ def against_solvers(students: list[list[dict]], calls: int = 4) -> str:
                 room = max(spread or 0.0, (r["kid_high"][0] - r["kid_low"][0]) / 2)
                 where = "ahead" if kid + room < min(kids) else "behind" if kid - room > max(kids) else "level"
                 found[where].append(g[0]["who"] + " (jump)" * (g[0]["sampler"] == "jump"))
+    if not any(found.values()):
+        return ""
     told = "; ".join(f"{word}: {', '.join(sorted(who)) or 'none'}" for word, who in found.items())
     return f"Students at {calls} calls beside {' and '.join(sorted({r['who'] for r in solvers}))} at {least} ({' and '.join(f'{k:.0f}' for k in sorted(kids))}): {told}."
 
@@ -155,7 +165,7 @@ def by_calls(students: list[list[dict]], key: str, label) -> list[str]:
     """Lines of a table: one metric at a number of network calls."""
     lines = ["| model | family | sampler | 1 | 2 | 4 | 8 | more |", "|---|---|---|---|---|---|---|---|"]
     for g in students:
-        at = {r["calls"]: shown(r[key]) for r in g}
+        at = {r["calls"]: shown(r[key]) + "°" * bool(r["beyond"]) for r in g}
         more = ", ".join(f"{v} at {k}" for k, v in at.items() if v and k not in (1, 2, 4, 8))
         family = g[0]["family"] or {"teacher": "baseline", "solver": "training-free solver", "untrained": "the student before training"}[g[0]["kind"]]
         lines.append(f"| {label(g)} | {family} | {g[0]['sampler']} | " + " | ".join(at.get(k, "") for k in (1, 2, 4, 8)) + f" | {more} |")
@@ -172,7 +182,7 @@ def agreement(entries: list[dict], facts: dict, students: list[list[dict]], labe
              row("model | calls", ["all", *(c.removeprefix("agreement_").replace("_", " ") for c in columns[1:])]), "|" + "---|" * (len(columns) + 2)]
     lines += [row(f"{who} | ", [f"{values[c]:.2f}" if c in values else "" for c in columns]) for who, values in facts.get("real", {}).items()]
     for g in students:
-        r = min(g, key=lambda r: r["kid_efflite0"][0])
+        r = nearest(g)
         lines.append(row(f"{label(g)} | {r['calls']}", [show(r.get(c), 2) for c in columns]))
     return lines
 
@@ -191,8 +201,7 @@ def markdown(entries: list[dict], facts: dict) -> str:
     if spent := cost(entries):
         lines[-1] += f" {spent[0].upper()}{spent[1:]}."
     lines += ["", "`kid_efflite0` to real images, at a number of network calls:", "", *by_calls(students, "kid_efflite0", plain)]
-    if told := against_solvers(students):
-        lines += ["", told]
+    lines += [line for calls in (4, 8) if (told := against_solvers(students, calls)) for line in ("", told)]
     taught = [g for g in students if any(r["kid_teacher"] is not None for r in g)]
     if taught:
         lines += ["", "`kid_teacher`, the same distance to the teacher's own samples:", "", *by_calls(taught, "kid_teacher", plain)]
@@ -200,7 +209,7 @@ def markdown(entries: list[dict], facts: dict) -> str:
     lines += ["", "Each where it is nearest to real images:", "",
               f"| model | calls | to real | to teacher | precision | recall | coverage | {own} | diversity | ODE error | steps | Mcalls | median seconds | peak GB | M trained |", "|" + "---|" * 15]
     for g in students:
-        r = min(g, key=lambda r: r["kid_efflite0"][0])
+        r = nearest(g)
         lines.append(f"| {label(g)} | {r['calls']} | {shown(r['kid_efflite0'])} | {shown(r['kid_teacher'])} | " + " | ".join(show(r[k], 2) for k in ("precision", "recall", "coverage", "agreement", "diversity"))
                      + f" | {show(r['ode_error'], 2) if g[0]['kind'] != 'method' or g[0]['family'] == 'trajectory' else ''} | {show(r['training_steps'])} | {show(r['training_calls'], 2, 1e-6)} | {show(r['training_seconds'])} | {show(r['peak_memory_gb'], 2)} | {show(r['trained_parameters'], 2, 1e-6)} |")
     lines += legend(students) + agreement(entries, facts, students, label)
@@ -216,7 +225,8 @@ def markdown(entries: list[dict], facts: dict) -> str:
 
 def papers(entries: list[dict], here: Path) -> str:
     """What each method's own paper reports, beside our best row: other data, networks and budgets, never to be compared as numbers."""
-    best = {g[0]["who"]: min(g, key=lambda r: r["kid_efflite0"][0]) for g in sorted(by_student(average(flat(entries))), key=lambda g: -min(r["kid_efflite0"][0] for r in g)) if g[0]["kind"] == "method"}
+    students = sorted(by_student(average(flat(entries))), key=lambda g: -nearest(g)["kid_efflite0"][0])
+    best = {g[0]["who"]: nearest(g) for g in students if g[0]["kind"] == "method"}
     with open(here / "paper_numbers.csv", encoding="utf-8", newline="") as file:
         known = {row["method"]: row for row in csv.DictReader(file)}
     ours = {who: (f"`kid_efflite0` {show(row['kid_efflite0'])}", row["calls"]) for who, row in best.items()}
@@ -325,7 +335,7 @@ def strips(entries: list[dict]) -> list[tuple]:
         if kind == "teacher" and g[-1] not in rows:                                # its many-step samples, alone
             out.append((f"{who}: {g[-1]['calls']} calls", (who, sampler, g[-1]["steps"]), None))
         if kind != "solver":
-            rows = [r for r in rows if r["steps"] <= 4] or rows
+            rows = [r for r in rows if r["steps"] <= 4 and not r["beyond"]] or rows
         ends = [rows[0], rows[-1]] if len(rows) > 1 else [None, rows[0]] if rows and rows[0]["calls"] >= 4 else [*rows, None] if rows else []
         if ends:
             calls = " | ".join(str(r["calls"]) for r in ends if r)
@@ -387,7 +397,7 @@ def plot(entries: list[dict], facts: dict, path: Path) -> bool:
     marks = [m for e in range(1, 7) for m in (10**e, 1.5 * 10**e, 2 * 10**e, 3 * 10**e, 5 * 10**e, 7 * 10**e) if low <= m <= high]
     axes[0][0].set_yticks(marks, [f"{m:g}" if m < 10_000 else f"{m:,.0f}" for m in marks])
     axes[0][0].set_ylabel("kid_efflite0 to real images")
-    figure.suptitle(f"{facts['teacher']}: " + (f"{facts['max_calls']:,} training calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training") + "; bars: spread over seeds", fontsize=11)
+    figure.suptitle(f"{facts['teacher']}: " + (f"{facts['max_calls']:,} training calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training") + "; bars: spread over seeds" + "; at 8 calls students do more than they were trained for" * any(r["beyond"] for g in students for r in g), fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Drawn from": digest(points(students))})
     plt.close(figure)

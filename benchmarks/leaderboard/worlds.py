@@ -125,9 +125,11 @@ class Avatars:
     def facts(self, real) -> dict:
         coded = torch.cat([self.model.decode(self.model.encode(x.to(self.device))).cpu() for x in self.real_images.split(100)])
         commonest = torch.stack([(column == column.mode().values).double() for column in self.shown.T], 1)
-        told = lambda right: {"agreement": round(right.mean().item(), 4)} | {f"agreement_{k}": round(v, 4) for k, v in zip(self.attributes, right.mean(0).tolist())}
+        named = lambda right: {f"agreement_{k}": round(v, 4) for k, v in zip(self.attributes, right.mean(0).tolist())}
+        told = lambda right: {"agreement": round(right.mean().item(), 4)} | named(right)
         return {"agreement": "attribute accuracy", "credit": "Avatars in DiceBear's pixel-art style (CC0 1.0).",
-                "real": {"held-out real pictures": told(self.right(self.real_images, self.shown)), "the same through the autoencoder": told(self.right(coded, self.shown)),
+                "real": {"held-out real pictures": told(self.right(self.real_images, self.shown)),
+                         "the same through the autoencoder": told(self.right(coded, self.shown)),
                          "always the commonest answer": told(commonest)}}
 
     def agree(self, images, features) -> dict[str, float]:

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, str, dict, float | None]] = {
     "sdxl-1024 dmd, full weights": ("sdxl", "dmd", DMD | dict(gradient_checkpointing=True), None),
     "sdxl-1024 lcm, LoRA": ("sdxl", "lcm", LORA, 24),
     "sdxl-1024 dmd, LoRA, batch 4": ("sdxl", "dmd", LORA | DMD | dict(batch=4), None),
+    "sdxl-1024 dmd, LoRA, no checkpointing, batch 4": ("sdxl", "dmd", LORA | DMD | dict(gradient_checkpointing=False, batch=4), None),
     "sdxl-1024 dmd, LoRA, base in 16 bits": ("sdxl", "dmd", LORA | DMD | dict(base_bits=16), 24),
     "flux-12b-1024 dmd, LoRA": ("flux", "dmd", LORA | DMD, 80),
     "flux-12b-1024 dmd, LoRA, base in 16 bits": ("flux", "dmd", LORA | DMD | dict(base_bits=16), 80),

@@ -47,7 +47,8 @@ def test_the_table_says_what_failed_and_what_is_not_supported(matrix):
     table = matrix.refresh(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter", rows)
     assert table.startswith("before\n") and table.endswith(f"{matrix.END}\nafter") and "old" not in table
     for line in ("| dit | all 1 | all 2 | all 1 | all 2 | – |", "| sdxl | 1 of 2 | – | – | 1 of 2 | – |", "| ltx | – | no | – | no | – |",
-                 "| wan | – | all 1 | – | all 1 | yes |", "- not supported, arcflow (lora) (sdxl): no last layer", "- fails, dmd (full) (ltx): RuntimeError: x"):
+                 "| wan | – | all 1 | – | all 1 | yes |", "- not supported, arcflow (lora) (sdxl): no last layer",
+                 "- fails, dmd (full) (ltx): RuntimeError: x"):
         assert line in table.splitlines()
     with pytest.raises(SystemExit, match="families:begin"):
         matrix.refresh("no markers", rows)

@@ -69,7 +69,8 @@ def euler(shape, **options):
 def sd3(**options):
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
     transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-                                        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8, qk_norm="rms_norm", **options)
+                                        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8,
+                                        qk_norm="rms_norm", **options)
     return StableDiffusion3Pipeline(transformer=perturb(transformer), scheduler=euler((4, 8, 8), shift=3.0), vae=kl(4),
                                     text_encoder=clip(True), tokenizer=tokenizer(),
                                     text_encoder_2=clip(True), tokenizer_2=tokenizer(), text_encoder_3=t5(), tokenizer_3=tokenizer())

@@ -274,7 +274,8 @@ def test_self_forcing_on_the_captions_of_clips_resumes_to_the_same_bits(wan, tmp
 
     def trained(name, steps, cache=""):
         script.main(script.Config(teacher=wan, data=str(place), batch=2, steps=steps, ode_steps=1, ode_substeps=1, critic_updates=1, chunk=1, time_budget=0,
-                                  checkpoint_every=1, keep_checkpoints=9, sample_every=0, measure_every=0, mixed_precision="no", output_dir=str(tmp_path / name),
+                                  checkpoint_every=1, keep_checkpoints=9, sample_every=0, measure_every=0, mixed_precision="no",
+                                  output_dir=str(tmp_path / name),
                                   cache=cache and str(tmp_path / cache)))
         folder = tmp_path / name / "checkpoints" / f"step-{steps:07d}"
         return {f.name + k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}

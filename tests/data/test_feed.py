@@ -441,7 +441,8 @@ def test_a_run_resumes_to_the_same_bits_with_and_without_a_cache(teacher, folder
     place = {"buckets": f"{folder}?buckets=yes", "stream": f"{shards(tmp_path, [5, 4, 3])}?buffer=4"}[kind]
 
     def trained(name, steps, cache=""):
-        train_lcm.main(train_lcm.Config(teacher=teacher, data=place, batch=4, steps=steps, checkpoint_every=1, keep_checkpoints=9, sample_every=0, measure_every=0,
+        train_lcm.main(train_lcm.Config(teacher=teacher, data=place, batch=4, steps=steps, checkpoint_every=1, keep_checkpoints=9, sample_every=0,
+                                        measure_every=0,
                                         time_budget=0, mixed_precision="no", output_dir=str(tmp_path / name), cache=cache and str(tmp_path / cache)))
         from safetensors.torch import load_file
         return load_file(tmp_path / name / "checkpoints" / f"step-{steps:07d}" / "student.safetensors")

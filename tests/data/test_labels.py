@@ -222,7 +222,8 @@ def test_a_run_resumes_to_the_same_bits(teacher, tmp_path, monkeypatch, kind):
 
     def trained(name, steps, cache=""):
         train_lcm.main(train_lcm.Config(teacher=teacher, data=str(place), batch=4, steps=steps, checkpoint_every=1, keep_checkpoints=9, sample_every=0,
-                                        measure_every=0, time_budget=0, mixed_precision="no", output_dir=str(tmp_path / name), cache=cache and str(tmp_path / cache)))
+                                        measure_every=0, time_budget=0, mixed_precision="no", output_dir=str(tmp_path / name),
+                                        cache=cache and str(tmp_path / cache)))
         return load_file(tmp_path / name / "checkpoints" / f"step-{steps:07d}" / "student.safetensors")
     whole = trained("whole", 7)                                                # beyond two epochs
     trained("resumed", 2, "cache")

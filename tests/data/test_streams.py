@@ -56,7 +56,8 @@ def test_options_after_the_question_mark(tmp_path):
 def test_options_that_say_nothing_about_a_place_are_refused(tmp_path):
     (tmp_path / "p.txt").write_text("a")
     for text, message in ((f"{tmp_path}/p.txt?caption=x", "is a list of prompts: leave it out"), (f"{tmp_path}/t.csv?buffer=5", "read as a whole"),
-                          (f"{tmp_path}?stream=yes", "not as a stream"), ("emoji:heldout?stream=yes", "not as a stream"), ("x/y?stream=no&buffer=3", "read as a whole"),
+                          (f"{tmp_path}?stream=yes", "not as a stream"), ("emoji:heldout?stream=yes", "not as a stream"),
+                          ("x/y?stream=no&buffer=3", "read as a whole"),
                           (f"{tmp_path}/t.csv?config=a", "config names")):
         with pytest.raises(UserError, match=message):
             specs.parse(text)

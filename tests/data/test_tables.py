@@ -167,7 +167,8 @@ def test_prompts_of_a_table_are_read_where_they_lie(teacher, tmp_path, monkeypat
     asked = []
     model.texts.storage = model.storage = SimpleNamespace(folder="here", rank=1, world=2)
     model.texts.empty = lambda: None
-    model.texts.cache = type("Half", (), {"full": False, "flush": lambda self: None, "refresh": lambda self: None, "__contains__": lambda self, key: key[0] in "01234567"})()
+    model.texts.cache = type("Half", (), {"full": False, "flush": lambda self: None, "refresh": lambda self: None,
+                                          "__contains__": lambda self, key: key[0] in "01234567"})()
     model.texts._encode = lambda wanted: asked.extend(wanted.items())
     feed.feed(model)                                                                         # imports and unpacks
     asked.clear()

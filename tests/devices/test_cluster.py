@@ -30,7 +30,8 @@ def slurm(**more: str) -> list[str]:
     assert subprocess.run(["bash", "-n", CLUSTER / "slurm.sh"]).returncode == 0
     done = subprocess.run(["bash", CLUSTER / "slurm.sh", *FLAGS], env={**ENV, "DRY_RUN": "1", **more}, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    node = subprocess.run(["bash", "-c", "printf '%s\\n' " + done.stdout], env={**ENV, **more}, capture_output=True, text=True).stdout      # as the node's shell reads it
+    # As the node's shell reads it.
+    node = subprocess.run(["bash", "-c", "printf '%s\\n' " + done.stdout], env={**ENV, **more}, capture_output=True, text=True).stdout
     return node.splitlines()
 
 
@@ -68,7 +69,8 @@ def test_the_job_takes_the_configuration_of_its_gpus():
     assert command(ROOT, FLAGS, 0)[1:] == [str(ROOT / "train_scripts" / "train_dmd.py"), *FLAGS[1:]]
     for gpus, asked, config in ((1, "", "1gpu.yaml"), (4, "", "8gpu_ddp.yaml"), (4, "8gpu_fsdp2.yaml", "8gpu_fsdp2.yaml")):
         args = launch_command_parser().parse_args(command(ROOT, FLAGS, gpus, asked)[3:])
-        assert args.config_file.endswith("/" + config) and os.path.exists(args.config_file) and args.num_processes == gpus and args.training_script_args == FLAGS[1:]
+        assert args.config_file.endswith("/" + config) and os.path.exists(args.config_file)
+        assert args.num_processes == gpus and args.training_script_args == FLAGS[1:]
 
 
 def test_the_job_prints_its_line_and_stops(monkeypatch, capsys):
@@ -98,7 +100,8 @@ def test_what_is_launched_plans_the_run(tmp_path):
     assert done.returncode == 0 and "student: " in done.stdout and "batch = 64" in done.stdout, done.stderr[-2000:]
     words = slurm()
     script = words.index("train_scripts/train_dmd.py")
-    again = subprocess.run([sys.executable, str(ROOT / words[script]), *words[script + 1:]], env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=tmp_path)
+    again = subprocess.run([sys.executable, str(ROOT / words[script]), *words[script + 1:]], env={**ENV, "PYTHONPATH": str(ROOT)},
+                           capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout.splitlines()[:5] == done.stdout.splitlines()[:5]
     assert not list(tmp_path.iterdir())
 
@@ -145,10 +148,12 @@ def test_a_slurm_job_trains_on_two_nodes_and_is_requeued_at_its_time_limit(tmp_p
     (tmp_path / "train_scripts" / "train_probe.py").write_text(PROBE)
     flags = dict(teacher="toy", batch=8, steps=100_000, time_budget=0, sample_every=0, measure_every=0, log_every=1, checkpoint_every=0, output_dir="run")
     number = free_number()
-    env = {**ENV, "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'train_scripts'}", "ACCELERATE_USE_CPU": "true",
+    env = {**ENV, "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{ROOT / 'train_scripts'}",
+           "ACCELERATE_USE_CPU": "true",
            "SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "a,b", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     words = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
-    batch = subprocess.Popen(["bash", str(CLUSTER / "slurm.sh"), "probe", *words], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    batch = subprocess.Popen(["bash", str(CLUSTER / "slurm.sh"), "probe", *words], env=env, cwd=tmp_path, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
     rows, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
     while not (rows.exists() and rows.read_text().count("\n") > 2):
         assert batch.poll() is None and time.monotonic() < deadline, batch.kill() or batch.stdout.read()[-6000:]

@@ -58,7 +58,8 @@ def test_the_environment_of_one_gpu_changes_nothing(tmp_path, monkeypatch):
     from test_ranks import files
 
     def trained(name):
-        return train_lcm.main(train_lcm.Config(teacher="toy", batch=8, steps=2, time_budget=0, sample_every=0, measure_every=0, export="last", mixed_precision="no",
+        return train_lcm.main(train_lcm.Config(teacher="toy", batch=8, steps=2, time_budget=0, sample_every=0, measure_every=0, export="last",
+                                               mixed_precision="no",
                                                output_dir=str(tmp_path / name)))
     trained("plain")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")              # with 1 of them, `Run` would take all cores under a configuration
@@ -91,6 +92,7 @@ def test_blocks_are_the_outermost_lists_or_the_named_classes():
 
 
 def test_files_named_in_the_code_and_the_documentation_exist():
-    for path in (ROOT / "zoo" / "sharding.py", ROOT / "zoo" / "deepspeed.py", ROOT / "docs" / "many_devices.md", *sorted((ROOT / "train_scripts" / "cluster").glob("*.*"))):
+    for path in (ROOT / "zoo" / "sharding.py", ROOT / "zoo" / "deepspeed.py", ROOT / "docs" / "many_devices.md",
+                 *sorted((ROOT / "train_scripts" / "cluster").glob("*.*"))):
         for name in re.findall(r"([\w]+\.yaml)", path.read_text()):
             assert name in set(EXPECTED) | ELSEWHERE, (path, name)

@@ -113,7 +113,8 @@ def test_life_with_a_style_lora(world, tmp_path, monkeypatch):
     monkeypatch.setattr(backbones.Backbone, "watched", (4, 2))
     (world / "style/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     cfg = train_dmd.Config(teacher=str(world / "base"), teacher_lora=str(world / "style"), teacher_lora_scale=0.8,
-                           data=str(world / "prompts.txt"), batch=4, steps=2, lora=4, lr=1e-2, time_budget=0, output_dir=str(tmp_path / "run"), sample_every=0, measure_every=2, checkpoint_every=1,
+                           data=str(world / "prompts.txt"), batch=4, steps=2, lora=4, lr=1e-2, time_budget=0, output_dir=str(tmp_path / "run"),
+                           sample_every=0, measure_every=2, checkpoint_every=1,
                            mixed_precision="no", guidance=2.0, critic_updates=1)
     train_dmd.main(cfg)
     run = train_dmd.main(dataclasses.replace(cfg, steps=3))

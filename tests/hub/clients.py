@@ -80,7 +80,8 @@ def safetensors(path: Path, seed: str, size: int = 60_000, metadata: dict | None
     path.write_bytes(struct.pack("<Q", len(head)) + head + data)
 
 
-CONTRACT = {"knots": {"2": [999, 499], "1": [999]}, "sampler": "renoise", "guidance": 1.0, "prediction": "epsilon", "scheduler": "LCMScheduler", "dtype": "float32",
+CONTRACT = {"knots": {"2": [999, 499], "1": [999]}, "sampler": "renoise", "guidance": 1.0, "prediction": "epsilon", "scheduler": "LCMScheduler",
+            "dtype": "float32",
             "lora_scale": 1.0, "shift": 1.0, "guidance_range": None, "layout": None, "grid": "scheduler", "call": {}, "schema": 2}
 KINDS = ("student", "lora", "pipeline", "card", "dataset")
 
@@ -105,7 +106,8 @@ def folder(kind: str, at: Path, seed: str = "a") -> Path:
         safetensors(at / "vae" / "diffusion_pytorch_model.safetensors", "shared")
         (at / "fewstep.json").write_text(json.dumps(CONTRACT | {"student": {"family": "sd", "teacher": "emoji", "slot": None, "lora_rank": 0}}))
     if kind == "lora":
-        safetensors(at / "pytorch_lora_weights.safetensors", seed, metadata={"format": "pt", "lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 4})})
+        safetensors(at / "pytorch_lora_weights.safetensors", seed,
+                    metadata={"format": "pt", "lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 4})})
     if kind == "dataset":
         (at / "prompts.jsonl").write_text(json.dumps({"prompt": f"a red heart {seed}"}) + "\n")
         safetensors(at / "pairs" / "00000000.safetensors", seed)

@@ -516,7 +516,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(404, "Entry not found", "EntryNotFound", base)
         if not e.large:
             return self.serve(self.hub.objects[e.sha256], {**base, "ETag": f'"{e.oid}"'})
-        headers = {**base, "X-Linked-Etag": f'"{e.sha256}"', "X-Linked-Size": str(e.size), "ETag": f'"{e.sha256}"', "Location": f"{self.hub.cdn}/cdn/{e.sha256}"}
+        headers = {**base, "X-Linked-Etag": f'"{e.sha256}"', "X-Linked-Size": str(e.size), "ETag": f'"{e.sha256}"',
+                   "Location": f"{self.hub.cdn}/cdn/{e.sha256}"}
         if e.xet:
             headers |= {"X-Xet-Hash": e.xet, "Link": f'<{self.hub.url}/api/{kind}/{id}/xet-read-token/{sha}>; rel="xet-auth"'}
         self.answer(status=302, headers=headers)

@@ -92,9 +92,11 @@ def test_a_run_with_push_to_hub(tmp_path, down):
     with Loopback() as hub:
         if down:
             hub.fault("/api/", status=403, times=10_000)
-        flags = ["--teacher", "toy", "--steps", "6", "--batch", "8", "--checkpoint_every", "2", "--measure_every", "2", "--sample_every", "0", "--output_dir", str(tmp_path / "run"),
+        flags = ["--teacher", "toy", "--steps", "6", "--batch", "8", "--checkpoint_every", "2", "--measure_every", "2", "--sample_every", "0",
+                 "--output_dir", str(tmp_path / "run"),
                  "--push_to_hub", "me/toy"]
-        done = subprocess.run([sys.executable, str(ROOT / "train_scripts" / "train_dmd.py"), *flags], env=environment(hub, tmp_path / "home", ZOO_KEEP_THREADS="1"), cwd=tmp_path,
+        done = subprocess.run([sys.executable, str(ROOT / "train_scripts" / "train_dmd.py"), *flags],
+                              env=environment(hub, tmp_path / "home", ZOO_KEEP_THREADS="1"), cwd=tmp_path,
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "hf_any" not in done.stdout + done.stderr and not any("hf_any" in p.read_text() for p in (tmp_path / "run").rglob("*.json*"))

@@ -62,7 +62,8 @@ np.save(sys.argv[1], pipe(**json.loads(sys.argv[3]), generator=torch.Generator()
 
 
 def python(script, *arguments, hub, home):
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], env=environment(hub, home), cwd=home, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], env=environment(hub, home), cwd=home, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -143,7 +144,8 @@ def test_a_hub_that_is_busy_is_no_word_on_the_licence(tmp_path):
         hub.fault(where, status=503)
         result = me.push(made, "me/thing")
         assert "a student inherits it" in result["error"] and result["waits"][0] == 8 and len(result["waits"]) == 2
-        for fault, words in (({"status": 429}, "asked to come back later (429)"), ({"status": 503}, "(503)"), ({"drop": "before"}, "connection to the Hub broke")):
+        for fault, words in (({"status": 429}, "asked to come back later (429)"), ({"status": 503}, "(503)"),
+                             ({"drop": "before"}, "connection to the Hub broke")):
             down = hub.fault(where, times=99, **fault)
             assert words in me.push(made, "me/thing")["error"] and "models/me/thing" not in hub.repos
             down.times = 0
@@ -190,7 +192,8 @@ def test_a_lora_is_sampled_on_its_base_and_a_pipeline_by_itself(tmp_path):
         assert "/commit/" in said and "not sampled" not in said, said
         weights = lora / "pytorch_lora_weights.safetensors"
         state, metadata = load_file(weights), {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 2}'}
-        save_file({k.replace("down_blocks", "elsewhere").replace("up_blocks", "elsewhere").replace("mid_block", "elsewhere"): v for k, v in state.items()}, weights, metadata)
+        moved = lambda k: k.replace("down_blocks", "elsewhere").replace("up_blocks", "elsewhere").replace("mid_block", "elsewhere")
+        save_file({moved(k): v for k, v in state.items()}, weights, metadata)
         said = push_lora(lora, "me/wrong")
         assert "was pushed" in said and ("none of its layers" in said or "do not open it" in said), said
 
@@ -241,7 +244,8 @@ def test_bad_card_or_folder_is_refused_before_any_request(student, tmp_path):
     ("w.safetensors", b"PK\x03\x04 and what a zipped pickle holds", "w.safetensors is a pickle under another name"),
     ("w.safetensors", b"\x08\0\0\0\0\0\0\0{       ", "w.safetensors is not a whole safetensors file"),
     ("pipeline.py", b"x = 1", "pipeline.py is code"), ("run.json", b'{"a": "hf_abcdefghijklmnop"}', "run.json holds an access token"),
-    ("train.log", b"HF_TOKEN=hf_abcdefghijklmnop\n", "train.log holds an access token"), ("NOTICE", b"hf_oauth_abcdefghijklmnop", "NOTICE holds an access token")])
+    ("train.log", b"HF_TOKEN=hf_abcdefghijklmnop\n", "train.log holds an access token"),
+    ("NOTICE", b"hf_oauth_abcdefghijklmnop", "NOTICE holds an access token")])
 def test_what_must_not_leave(tmp_path, name, data, complaint):
     made = folder("student", tmp_path / "mine")
     (made / name).write_bytes(data)
@@ -301,7 +305,8 @@ def test_a_repository_with_a_pickle_or_a_bad_path_is_not_downloaded(tmp_path):
         hub.write("models/me/bad", "unet/diffusion_pytorch_model.bin", b"x")
         hub.make("models/me/escape")
         hub.write("models/me/escape", "../outside.json", b"{}")
-        out = python("import json, sys\nfrom zoo.hub.verify import verify\nprint(json.dumps([verify(r) for r in sys.argv[1:]]))", "me/bad", "me/escape", hub=hub, home=tmp_path)
+        out = python("import json, sys\nfrom zoo.hub.verify import verify\nprint(json.dumps([verify(r) for r in sys.argv[1:]]))", "me/bad",
+                     "me/escape", hub=hub, home=tmp_path)
         pickle, escape = json.loads(out)
         assert pickle == ["unet/diffusion_pytorch_model.bin is a pickle: opening it can run code; it was not downloaded"]
         assert escape == ["'../outside.json' leaves the folder: do not open this repository"]
@@ -317,7 +322,8 @@ def test_private_gated_branch_tag_collection_in_parts_and_pages(tmp_path):
         assert repo.private and whole(hub, "models/me/thing", made) and repo.tags["v1"] == repo.branches["main"]
         assert [i["id"] for c in hub.collections.values() for i in c["items"]] == ["me/thing"]
         assert "url" in me.push(made, "me/thing", tag="v1", collection="Few-step students") and len(repo.history()) == 2       # nothing to do
-        read = "import sys\nfrom zoo.errors import UserError\nfrom zoo.hub.verify import verify\ntry: print(verify('me/thing'))\nexcept UserError as e: print(e)"
+        read = "import sys\nfrom zoo.errors import UserError\nfrom zoo.hub.verify import verify\n"\
+               "try: print(verify('me/thing'))\nexcept UserError as e: print(e)"
         ask = lambda who: python_as(who, read)
         assert "(404)" in ask(other) and "private" in ask(other)
         repo.private, repo.gated = False, True
@@ -397,7 +403,8 @@ def test_a_request_on_a_branch_that_moved_is_made_on_what_is_there(tmp_path):
         hub.fault("/commit/", meanwhile=lambda: hub.write("models/me/thing", "notes.txt", b"theirs"))
         assert Client(hub, tmp_path / "a").push(made, "me/thing", create_pr=True)["url"].endswith("/discussions/1")
         repo = hub.repos["models/me/thing"]
-        assert whole(hub, "models/me/thing", made, "refs/pr/1") and "notes.txt" in repo.tree("refs/pr/1") and set(repo.tree()) == {".gitattributes", "notes.txt"}
+        assert whole(hub, "models/me/thing", made, "refs/pr/1") and "notes.txt" in repo.tree("refs/pr/1")
+        assert set(repo.tree()) == {".gitattributes", "notes.txt"}
 
 
 def test_weights_of_others_stay_where_no_student_was(tmp_path):

@@ -64,8 +64,8 @@ def test_phi_is_smooth_at_zero():
 @pytest.mark.parametrize("t_s,t_e,start", [(1.0, 0.5, 0.5), (0.5, 0.0, -0.5)])
 def test_two_components_follow_a_gaussian(t_s, t_e, start):
     """Reference: K = 2 fits the teacher's velocity along its path with residual < 1e-3. So it does (mean square 7e-7 and 1e-4) on both
-    halves of the flow, found by imitation; over the whole flow the best K = 2 leaves 2e-3, and a constant .03 and .11 on the halves. The momentum starts on its side of 1, which it cannot cross (at gamma = 1 its
-    amplitude has no effect): one reason for K = 16 spread over both sides."""
+    halves of the flow, found by imitation; over the whole flow the best K = 2 leaves 2e-3, and a constant .03 and .11 on the halves.
+    The momentum starts on its side of 1, which it cannot cross (at gamma = 1 its amplitude has no effect): one reason for K = 16 spread over both sides."""
     n = 512
     g = torch.Generator().manual_seed(0)
     t, r = (torch.full((n,), s, **F64) for s in (t_s, t_e))

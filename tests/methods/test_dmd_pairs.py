@@ -116,7 +116,8 @@ def test_converges_on_the_toy(toy, tmp_path):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(toy, tmp_path):
-    whole = script.Config(teacher=toy, steps=6, batch=16, pairs=40, pair_steps=3, output_dir=str(tmp_path / "whole"), time_budget=0, measure_every=0, sample_every=0)
+    whole = script.Config(teacher=toy, steps=6, batch=16, pairs=40, pair_steps=3, output_dir=str(tmp_path / "whole"), time_budget=0, measure_every=0,
+                          sample_every=0)
     script.main(whole)
     part = dataclasses.replace(whole, output_dir=str(tmp_path / "part"), steps=3)
     script.main(part)

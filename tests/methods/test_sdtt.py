@@ -160,7 +160,8 @@ def test_reverse_kl_sharpens_to_the_closed_form():
             x0 = torch.where(draw(1024, 1) < 0.7, 0, 1).expand(-1, 2)
             z = process.prior(1024, 2)
             # the first token stays masked (u = .9), the second is shown (u = .3) at s = .5 and not at t = .8
-            targets, z_s = train_sdtt.shared_noise_targets(PAIR, x0, torch.tensor([[0.9, 0.3]], dtype=D).expand(1024, 2), torch.full((1024,), 0.8, dtype=D), 0.3, {})
+            targets, z_s = train_sdtt.shared_noise_targets(PAIR, x0, torch.tensor([[0.9, 0.3]], dtype=D).expand(1024, 2),
+                                                           torch.full((1024,), 0.8, dtype=D), 0.3, {})
             assert (z_s[:, 0] == 2).all() and torch.equal(z_s[:, 1], x0[:, 1])
             log_q = subs(torch.nn.functional.pad(logits, (0, 1)).expand(1024, 2, 3), z, 2)
             each = train_sdtt.kl(log_q, targets, 1e-3, direction)[:, :1]
@@ -226,7 +227,8 @@ def test_rounds_halve_the_steps():
 # --------------------------------------------------------------------------------------------------------- convergence
 def run_toy(folder, model="toy", **changes):
     options = dict(batch=256, lr=0.02, ema=0.9, first=8, last=2, steps=240, round_steps=80) | changes
-    return train_sdtt.main(train_sdtt.Config(teacher=model, time_budget=0, output_dir=str(folder), measure_every=0, sample_every=0, checkpoint_every=0, **options))
+    return train_sdtt.main(train_sdtt.Config(teacher=model, time_budget=0, output_dir=str(folder), measure_every=0, sample_every=0,
+                                             checkpoint_every=0, **options))
 
 
 @pytest.mark.parametrize("target", ["teacher", "shared_noise"])
@@ -290,7 +292,8 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = make_text_teacher.make_tokenizer(16)
     modern = make_text_teacher.build(make_text_teacher.Config(width=32, layers=1, length=16))
-    bert = BertForMaskedLM(BertConfig(vocab_size=34, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=16))
+    bert = BertForMaskedLM(BertConfig(vocab_size=34, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                      max_position_embeddings=16))
     for name, module in (("modern", modern), ("bert", bert)):
         for p in module.parameters():
             p.data += 0.05 * torch.randn_like(p)

@@ -63,7 +63,8 @@ def cached(module, layout, x, t, cond, cache=None):
     """Chunk by chunk, every chunk writing what it is."""
     cache = cache or Cache(layout)
     extra = {"cache": cache, "write": True}
-    return torch.cat([wan_causal.causal_forward(layout, module, part, s, cond | extra) for part, s in zip(x.split(layout.chunk, 1), t.split(layout.chunk, 1))], 1)
+    return torch.cat([wan_causal.causal_forward(layout, module, part, s, cond | extra)
+                      for part, s in zip(x.split(layout.chunk, 1), t.split(layout.chunk, 1))], 1)
 
 
 def gap(a, b):
@@ -130,7 +131,8 @@ def test_positions(float64, monkeypatch):
     module, x, t, cond = float64
     z, ids, mask = x.transpose(1, 2), torch.arange(8), Layout(2).sees(torch.arange(8), torch.arange(8))
     tables = wan_causal.rope_tables(module, z, 45)
-    here, shifted = (wan_causal.with_call(module, wan_causal.Call(tables, 4, ids + k, ids + k, mask), z, wan_causal.per_token(t, 4), cond["prompt"]) for k in (0, 37))
+    here, shifted = (wan_causal.with_call(module, wan_causal.Call(tables, 4, ids + k, ids + k, mask), z, wan_causal.per_token(t, 4),
+                                          cond["prompt"]) for k in (0, 37))
     assert gap(here, shifted) < EXACT
     for layout in (Layout(2), Layout(2, window=4)):
         assert gap(cached(module, layout, x, t, cond), cached(module, dataclasses.replace(layout, slots=True), x, t, cond)) < EXACT
@@ -344,7 +346,8 @@ def test_roles_start_as_the_teacher(folder):
 def test_streaming_decoding_equals_decoding_at_once():
     from diffusers import AutoencoderKLWan
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.1, 0.2, -0.1, 0.0], latents_std=[1.5, 0.8, 1.0, 2.0]).eval()
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.1, 0.2, -0.1, 0.0],
+                           latents_std=[1.5, 0.8, 1.0, 2.0]).eval()
     x = torch.randn(1, 5, 4, 4, 4)
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     with torch.no_grad():
@@ -356,7 +359,8 @@ def test_streaming_decoding_equals_decoding_at_once():
 
 # ------------------------------------------------------------------------------------------------------------- the script
 def settings(tmp_path, name, **more):
-    return script.Config(**{**dict(output_dir=str(tmp_path / name), time_budget=0, sample_every=0, measure_every=0, checkpoint_every=1000, mixed_precision="no"), **more})
+    return script.Config(**{**dict(output_dir=str(tmp_path / name), time_budget=0, sample_every=0, measure_every=0, checkpoint_every=1000,
+                                   mixed_precision="no"), **more})
 
 
 def weights(out):
@@ -397,7 +401,8 @@ def test_life_of_a_run(folder, tmp_path, monkeypatch):
     assert lint(student) == [] and list((tmp_path / "whole" / "samples").glob("*.png"))
     pipe = zoo.load(str(student))
     contract = pipe.contract
-    assert contract == run.watcher.contract and contract.sampler == "causal" and contract.layout == {"shape": [8, 1, 8, 8], "chunk": 2, "sink": 0, "window": 0, "slots": False}
+    assert contract == run.watcher.contract and contract.sampler == "causal"
+    assert contract.layout == {"shape": [8, 1, 8, 8], "chunk": 2, "sink": 0, "window": 0, "slots": False}
     assert contract.knots == {4: (1000.0, 750.0, 500.0, 250.0), 2: (1000.0, 500.0), 1: (1000.0,)}
     names = SPRITES.captions[:2]
     g = torch.Generator().manual_seed(0)
@@ -431,7 +436,8 @@ def CausalAgain(pipe, tmp_path):
 
 def test_lora_students_share_one_frozen_base(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Video, "watched", (4, 2))
-    run = script.main(settings(tmp_path, "run", teacher=str(folder), batch=2, steps=2, ode_steps=1, ode_substeps=1, lora=2, gradient_checkpointing=True, lr=1e-2))
+    run = script.main(settings(tmp_path, "run", teacher=str(folder), batch=2, steps=2, ode_steps=1, ode_substeps=1, lora=2,
+                               gradient_checkpointing=True, lr=1e-2))
     before = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     base = {k.replace(".base_layer", ""): v for k, v in run.model.module.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(base[k], v) for k, v in before.items())
@@ -439,12 +445,14 @@ def test_lora_students_share_one_frozen_base(folder, tmp_path, monkeypatch):
     g = torch.Generator().manual_seed(0)
     noises = [torch.randn(1, 8, 1, 8, 8, generator=g)]
     with torch.no_grad():
-        mine = rollout_causal.clip(run.watcher.net, {"prompt": run.model.encode_prompts(SPRITES.captions[:1])}, KNOTS[:1], run.watcher.layout, lambda: noises[0])
+        mine = rollout_causal.clip(run.watcher.net, {"prompt": run.model.encode_prompts(SPRITES.captions[:1])}, KNOTS[:1], run.watcher.layout,
+                                   lambda: noises[0])
     out = pipe(SPRITES.captions[0], num_inference_steps=1, draw=lambda i, k: noises[0].split(2, 1)[i], output_type="latent").frames
     assert torch.allclose(mine, out, atol=1e-4)
     moved = load_file(tmp_path / "run" / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(moved[k], before[k]) for k in before)
-    second = script.main(settings(tmp_path, "second", teacher=str(folder), batch=2, steps=1, ode_steps=1, ode_substeps=1, lora=2, lr=0.0, init_student=str(tmp_path / "run" / "student")))
+    second = script.main(settings(tmp_path, "second", teacher=str(folder), batch=2, steps=1, ode_steps=1, ode_substeps=1, lora=2, lr=0.0,
+                                  init_student=str(tmp_path / "run" / "student")))
     values = run.watcher.weights()
     assert all(torch.allclose(p, values[n], atol=1e-6) for n, p in second.trainees["student"].params.items())
 

@@ -50,7 +50,8 @@ def check(python: str, folder: Path) -> dict:
             assert facts["steps"] == 4 and facts["speedup"], facts
             races[row["name"]] = {k: facts[k] for k in ("teacher", "prompt", "seed", "speedup", "lanes")}
     return {"python": version, "machine": platform.machine(), "installed": versions, "lint": lint(space),
-            "install_seconds": round(installed), "seconds_until_the_page_opened": round(opened), "started": "app.py of the assembled folder, outside the clone", "races": races}
+            "install_seconds": round(installed), "seconds_until_the_page_opened": round(opened),
+            "started": "app.py of the assembled folder, outside the clone", "races": races}
 
 
 def main():

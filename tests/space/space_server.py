@@ -40,7 +40,8 @@ def make_students(folder: Path) -> str:
     made = []
     teachers = {"sd": tiny_sd(folder / "sd-teacher"), "pixel": tiny_pixel(folder / "pixel-teacher")}
     four = (1.0, 0.75, 0.5, 0.25)
-    for name, family, times, rule in (("tiny-words", "sd", four, "renoise"), ("tiny-classes", "pixel", four, "renoise"), ("tiny-rival", "sd", (1.0, 0.5), "renoise"),
+    for name, family, times, rule in (("tiny-words", "sd", four, "renoise"), ("tiny-classes", "pixel", four, "renoise"),
+                                      ("tiny-rival", "sd", (1.0, 0.5), "renoise"),
                                       ("tiny-ode", "pixel", four, "ode")):
         model = load(str(teachers[family]))
         net = model.make("student")
@@ -78,7 +79,8 @@ def serving(students: str, where: Path, folder: Path = SPACE, python: str = sys.
     """(address, process id) of the page in a process of its own, started from `where`: `folder`'s app.py, or `script` instead."""
     port = _free_port()
     log = where / f"server-{port}.log"
-    env = os.environ | {"FEWSTEP_SPACE_STUDENTS": students, "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "FEWSTEP_SPACE_EXAMPLE_SECONDS": "0"} | env
+    env = os.environ | {"FEWSTEP_SPACE_STUDENTS": students, "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1",
+                        "FEWSTEP_SPACE_EXAMPLE_SECONDS": "0"} | env
     with open(log, "w") as file:
         process = subprocess.Popen([python, str(script or folder / "app.py")], cwd=where, env=env, stdout=file, stderr=subprocess.STDOUT)
     try:

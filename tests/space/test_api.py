@@ -51,7 +51,8 @@ def test_every_endpoint_is_documented_and_works(client, here):
     assert isinstance(client.predict("", api_name="/leaderboard"), list)
 
 
-@pytest.mark.parametrize("wish, said", [(("tiny-words", "", 0, 4), "prompt is empty"), (("tiny-words", "x" * 10_000, 0, 4), "10,000 characters"), (("tiny-words", "a", -1, 4), "out of range"),
+@pytest.mark.parametrize("wish, said", [(("tiny-words", "", 0, 4), "prompt is empty"), (("tiny-words", "x" * 10_000, 0, 4), "10,000 characters"),
+                                        (("tiny-words", "a", -1, 4), "out of range"),
                                         (("tiny-words", "a", 0, 3), "not 3"), (("nobody", "a", 0, 4), "unknown student")])
 def test_mistakes_come_back_in_words(client, wish, said):
     with pytest.raises(AppError, match=said):
@@ -112,7 +113,8 @@ def spaces_package(tmp_path_factory):
     """A folder with the package `spaces` from PyPI, as it is pinned; what it needs is there already."""
     import fresh
     site = tmp_path_factory.mktemp("site")
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, f"spaces=={fresh.pins()['spaces']}"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, f"spaces=={fresh.pins()['spaces']}"],
+                          capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"PyPI cannot be reached: {done.stderr.strip().splitlines()[-1:]}")
     return site
@@ -148,7 +150,8 @@ def gpu_queue():
 def test_the_page_on_zero_gpu_draws_in_short_leases(students, here, spaces_package, gpu_queue, tmp_path):
     """With the real package: models are loaded before the first visitor, each picture is drawn in a leased process, and comes back whole."""
     url, seen = gpu_queue
-    env = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": url, "SITE": str(spaces_package), "SPACE": str(SPACE), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env = {"SPACES_ZERO_GPU": "true", "SPACES_ZERO_DEVICE_API_URL": url, "SITE": str(spaces_package), "SPACE": str(SPACE), "HOME": str(tmp_path),
+           "OMP_NUM_THREADS": "1"}
     with serving(students, tmp_path, script=Path(__file__).with_name("zero_gpu.py"), **env) as (page, _):
         log = next(tmp_path.glob("server-*.log")).read_text()
         assert all(f"('student', '{here.racer(name).source}')" in log for name in ("tiny-words", "tiny-ode", "dmd.emoji-4step"))
@@ -216,7 +219,8 @@ def test_training_from_the_page_ends_in_a_student_that_races(here, monkeypatch):
 @pytest.mark.parametrize("told", ["SIGTERM", "SIGHUP"])
 def test_a_page_that_ends_takes_its_training_along(tmp_path, told):
     """By a service manager or with its terminal: no process stays, and no folder."""
-    code = "import threading, app, distil; app.heed(); job = distil.start('fashion', 600); print(job.process.pid, job.out, flush=True); threading.Event().wait()"
+    code = "import threading, app, distil; app.heed(); job = distil.start('fashion', 600); "\
+           "print(job.process.pid, job.out, flush=True); threading.Event().wait()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=SPACE, stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(tmp_path)}) as page:
         pid, out = page.stdout.readline().split()
         training = psutil.Process(int(pid))

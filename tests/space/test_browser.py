@@ -119,7 +119,8 @@ def test_race_change_steps_and_reload_the_link(page, server):
     assert pictures(page) == one
 
 
-@pytest.mark.parametrize("name, what, call", [("dmd.emoji-4step", "noto hospital", {"prompt": "noto hospital"}), ("dmd.fashion-4step", "sneaker", {"class_labels": [7]})])
+@pytest.mark.parametrize("name, what, call", [("dmd.emoji-4step", "noto hospital", {"prompt": "noto hospital"}),
+                                              ("dmd.fashion-4step", "sneaker", {"class_labels": [7]})])
 def test_a_shipped_student_races_its_teacher_and_goes_home(here, page, server, name, what, call, tmp_path, monkeypatch):
     """The page shows what zoo.load makes of the seed, beside what its teacher makes of the same noise; and the lines it hands out draw that again."""
     visit(page, server, wish(student=name, prompt=what, seed=3, steps=4))
@@ -218,8 +219,10 @@ def test_fifty_races_leave_no_memory_behind(page, server):
 # ------------------------------------------------------------------------------------------------------- mistakes
 HTML = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 BAD = {"prompt is empty": dict(student="tiny-words", prompt=""), "10,000 characters": dict(student="tiny-words", prompt="x" * 10_000),
-       "seed -3 is out of range": dict(student="tiny-words", prompt="a", seed=-3), "seed 99999999999 is out of range": dict(student="tiny-words", prompt="a", seed=99999999999),
-       "seed '²' is no whole number": dict(student="tiny-words", prompt="a", seed="²"), "trained for 1, 2, 4 steps, not 3": dict(student="tiny-words", prompt="a", steps=3),
+       "seed -3 is out of range": dict(student="tiny-words", prompt="a", seed=-3),
+       "seed 99999999999 is out of range": dict(student="tiny-words", prompt="a", seed=99999999999),
+       "seed '²' is no whole number": dict(student="tiny-words", prompt="a", seed="²"),
+       "trained for 1, 2, 4 steps, not 3": dict(student="tiny-words", prompt="a", steps=3),
        "'class 9' is none": dict(student="tiny-classes", prompt="class 9"), "cannot race tiny-words": dict(student="tiny-words", prompt="a", rival="tiny-ode"),
        "unknown student 'nobody'": dict(student="nobody"), "unknown student '<img": dict(student=HTML)}
 
@@ -243,7 +246,8 @@ def test_bad_links_say_so_and_the_page_goes_on(page, server):
 def test_bad_words_typed_in(page, server):
     visit(page, server, "?student=tiny-words&prompt=red+heart&seed=1&steps=1")
     box, seed = page.locator("#fs-prompt textarea, #fs-prompt input").first, page.locator("#fs-seed input")
-    for place, words, said, mend in ((box, "", "prompt is empty", "red heart"), (box, "x" * 10_000, "10,000 characters", "red heart"), (seed, "-3", "seed -3 is out of range", "1"),
+    for place, words, said, mend in ((box, "", "prompt is empty", "red heart"), (box, "x" * 10_000, "10,000 characters", "red heart"),
+                                     (seed, "-3", "seed -3 is out of range", "1"),
                                      (seed, "99999999999", "out of range", "1"), (seed, "", "no whole number", "1")):
         place.fill(words)
         page.click("#fs-race")
@@ -356,7 +360,8 @@ def test_a_student_is_distilled_watched_and_raced(here, page, folder, monkeypatc
     """With a tiny teacher and few steps; the rest is the tab as it is. Stop leaves no process."""
     import distil
     monkeypatch.setattr(distil, "TEACHERS", (str(folder / "pixel-teacher"),))
-    monkeypatch.setattr(distil, "FLAGS", ("--steps", "120", "--batch", "4", "--sample_every", "40", "--measure_every", "40", "--log_every", "10", "--checkpoint_every", "1000"))
+    monkeypatch.setattr(distil, "FLAGS", ("--steps", "120", "--batch", "4", "--sample_every", "40", "--measure_every", "40", "--log_every", "10",
+                                          "--checkpoint_every", "1000"))
     monkeypatch.setattr(distil, "_jobs", [])
     with page_here(monkeypatch) as url:
         page.goto(url)
@@ -372,7 +377,8 @@ def test_a_student_is_distilled_watched_and_raced(here, page, folder, monkeypatc
         says(page, "#fs-distil-board", "A stopped run leaves no student")
         assert not distil._jobs[-1].running
         page.evaluate("""() => { window.live = new Set(); new MutationObserver(() => { const board = document.querySelector('#fs-distil-board');
-            if (board.innerText.includes('of training on')) for (const svg of board.querySelectorAll('svg')) window.live.add(svg.getAttribute('aria-label').split(',')[0]); })
+            if (board.innerText.includes('of training on'))
+                for (const svg of board.querySelectorAll('svg')) window.live.add(svg.getAttribute('aria-label').split(',')[0]); })
             .observe(document.querySelector('#fs-distil-board'), {childList: true, subtree: true, characterData: true, attributes: true}); }""")
         page.click("#fs-distil-go")
         page.wait_for_selector("#fs-distil-race", timeout=3 * PATIENCE)          # a niced process, that shares what cores there are
@@ -450,14 +456,18 @@ def test_stop_and_leaving_end_what_is_drawn(here, browser, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- looks
 ROWS = "#fs-leaderboard tbody tr"
-TABS = {"Race": "race", "Diversity": "diversity", "Steps ladder": "ladder", "Leaderboard": "leaderboard", "Take it home": "home", "Distil": "distil", "Video": "video"}
+TABS = {"Race": "race", "Diversity": "diversity", "Steps ladder": "ladder", "Leaderboard": "leaderboard", "Take it home": "home", "Distil": "distil",
+        "Video": "video"}
 # Controls and headings whose words do not fit into them, and whatever sticks out of the page without a scroll bar of its own.
 CUT = """width => { const shown = e => e.offsetParent && getComputedStyle(e).visibility !== 'hidden' && e.getBoundingClientRect().width > 2;
-const scrolls = e => { for (let p = e.parentElement; p; p = p.parentElement) if (/auto|scroll/.test(getComputedStyle(p).overflowX)) return true; return false; };
+const scrolls = e => { for (let p = e.parentElement; p; p = p.parentElement)
+                           if (/auto|scroll/.test(getComputedStyle(p).overflowX)) return true; return false; };
 const said = e => (e.id || e.className.toString().slice(0, 30)) + ': ' + e.innerText.slice(0, 40);
-const cut = [...document.querySelectorAll('button, label, label > span, h1, h2, h3, .fs-headline, .fs-calls, figcaption, [role=tab]')].filter(e => shown(e) && e.innerText && e.scrollWidth > e.clientWidth + 1
+const cut = [...document.querySelectorAll('button, label, label > span, h1, h2, h3, .fs-headline, .fs-calls, figcaption, [role=tab]')].filter(e => shown(e)
+    && e.innerText && e.scrollWidth > e.clientWidth + 1
     && getComputedStyle(e).display !== 'inline' && !scrolls(e)).map(said);
-const out = [...document.querySelectorAll('#fs-panel *, #fs-tabs *, .fs-header *')].filter(e => shown(e) && !scrolls(e) && (e.getBoundingClientRect().right > width + 1 || e.getBoundingClientRect().left < -1)).map(said);
+const out = [...document.querySelectorAll('#fs-panel *, #fs-tabs *, .fs-header *')].filter(e => shown(e) && !scrolls(e)
+    && (e.getBoundingClientRect().right > width + 1 || e.getBoundingClientRect().left < -1)).map(said);
 return [...cut, ...out]; }"""
 
 
@@ -513,7 +523,8 @@ def test_everything_by_keyboard(page, server):
         assert 5 < len(passed) < 80, (title, passed)
         unseen = [what for _, ring, what in passed if not ring]
         assert not unseen, (title, unseen)
-        wanted = {"race": {"fs-prompt", "fs-seed", "fs-dice", "fs-student", "fs-rival", "fs-steps", "fs-race", "fs-stop", "fs-copy"}, "diversity": {"fs-diversity-go", "fs-diversity-stop"},
+        wanted = {"race": {"fs-prompt", "fs-seed", "fs-dice", "fs-student", "fs-rival", "fs-steps", "fs-race", "fs-stop", "fs-copy"},
+                  "diversity": {"fs-diversity-go", "fs-diversity-stop"},
                   "ladder": {"fs-ladder-go"}, "leaderboard": {"fs-board-name", "fs-board-quality", "fs-board-cost"}, "home": {"fs-student"},
                   "distil": {"fs-distil-teacher", "fs-distil-seconds", "fs-distil-go"}, "video": {"fs-video-prompt", "fs-video-go"}}[name]
         assert wanted <= {place for place, _, _ in passed}, (title, passed)

@@ -43,11 +43,17 @@ def taught(here, o) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------- orders
-BAD = [(("tiny-words", "", 0, 4), "prompt is empty"), (("tiny-words", " \n ", 0, 4), "prompt is empty"), (("tiny-words", "x" * 10_000, 0, 4), "10,000 characters"),
-       (("tiny-words", "heart", -1, 4), "seed -1 is out of range"), (("tiny-words", "heart", 2**31, 4), "out of range"), (("tiny-words", "heart", "1e400", 4), "no whole number"),
-       (("tiny-words", "heart", 0.5, 4), "no whole number"), (("tiny-words", "heart", None, 4), "no whole number"), (("tiny-words", "heart", 0, 3), "trained for 1, 2, 4 steps, not 3"),
-       (("tiny-words", "heart", 0, 0), "number of steps 0 is out of range"), (("tiny-wrods", "heart", 0, 4), "did you mean tiny-words"), (("<b>", "heart", 0, 4), "unknown student"),
-       (("tiny-classes", "frog", 0, 4), "draws classes"), (("tiny-classes", "9", 0, 4), "draws classes"), (("tiny-classes", "²", 0, 4), "draws classes"), (("tiny-classes", "1" * 5000, 0, 4), "draws classes"), (("tiny-words", "heart", 0, 4, "tiny-classes"), "cannot race"),
+BAD = [(("tiny-words", "", 0, 4), "prompt is empty"), (("tiny-words", " \n ", 0, 4), "prompt is empty"),
+       (("tiny-words", "x" * 10_000, 0, 4), "10,000 characters"),
+       (("tiny-words", "heart", -1, 4), "seed -1 is out of range"), (("tiny-words", "heart", 2**31, 4), "out of range"),
+       (("tiny-words", "heart", "1e400", 4), "no whole number"),
+       (("tiny-words", "heart", 0.5, 4), "no whole number"), (("tiny-words", "heart", None, 4), "no whole number"),
+       (("tiny-words", "heart", 0, 3), "trained for 1, 2, 4 steps, not 3"),
+       (("tiny-words", "heart", 0, 0), "number of steps 0 is out of range"), (("tiny-wrods", "heart", 0, 4), "did you mean tiny-words"),
+       (("<b>", "heart", 0, 4), "unknown student"),
+       (("tiny-classes", "frog", 0, 4), "draws classes"), (("tiny-classes", "9", 0, 4), "draws classes"),
+       (("tiny-classes", "²", 0, 4), "draws classes"), (("tiny-classes", "1" * 5000, 0, 4), "draws classes"),
+       (("tiny-words", "heart", 0, 4, "tiny-classes"), "cannot race"),
        (("tiny-words", "heart", 0, 4, "tiny-words"), "cannot race")]
 
 
@@ -204,7 +210,8 @@ def test_a_row_of_the_registry_that_streams_gets_the_tab_and_other_videos_do_not
     video = next(t for t in tabs.TABS if t.id == "video")
     monkeypatch.setattr(zoo, "students", lambda: [Student("self_forcing.tiny", "self_forcing", "film-teacher", str(film), (2, 1), "mit", modality="video")])
     assert video.applies() and set(here.videos()) == {"self_forcing.tiny"} and here.videos()["self_forcing.tiny"].license == "mit"
-    assert {r["name"]: r["modality"] for r in api.students()} == {"self_forcing.tiny": "video", **{Path(s.partition("=")[0]).name: "image" for s in students.split(os.pathsep)}}
+    modalities = {r["name"]: r["modality"] for r in api.students()}
+    assert modalities == {"self_forcing.tiny": "video", **{Path(s.partition("=")[0]).name: "image" for s in students.split(os.pathsep)}}
     clip = tmp_path / "clip"                    # a stock Wan student of few steps: all frames at once, nothing to stream
     shutil.copytree(here.racer("tiny-words").source, clip)
     data = json.loads((clip / "fewstep.json").read_text())
@@ -220,7 +227,8 @@ def test_words_of_others_are_escaped(here):
     import looks
     r = last(here.race(here.order("tiny-words", NASTY, 0, 1)))
     strip, ladder = last(here.strip(r.order)), last(here.ladder(r.order))
-    for html in (looks.race_board(r), looks.race_board(None, message=NASTY), looks.history([looks.history_entry(r)]), looks.strip_board(strip, message=NASTY), looks.ladder_board(ladder, message=NASTY),
+    for html in (looks.race_board(r), looks.race_board(None, message=NASTY), looks.history([looks.history_entry(r)]),
+                 looks.strip_board(strip, message=NASTY), looks.ladder_board(ladder, message=NASTY),
                  looks.table([NASTY, "b"], [[NASTY, 1.5]], NASTY), looks.scatter({NASTY: [(1, 2, NASTY, 0.5)]}, NASTY, NASTY, NASTY)):
         assert "<img src=x" not in html and "&lt;img src=x" in html
     assert "read as plain text" in looks.race_board(r) and "role=\"alert\"" in looks.race_board(None, message=NASTY)
@@ -230,7 +238,8 @@ def test_pictures_have_words_and_frames(here):
     import looks
     html = looks.race_board(last(here.race(here.order("tiny-words", "red heart", 4, 2))))
     assert html.count("<img ") == 2 == html.count("fs-frame")
-    assert 'alt="red heart, drawn by the student tiny-words from seed 4"' in html and 'href="?student=tiny-words&amp;prompt=red+heart&amp;seed=4&amp;steps=2"' in html
+    assert 'alt="red heart, drawn by the student tiny-words from seed 4"' in html
+    assert 'href="?student=tiny-words&amp;prompt=red+heart&amp;seed=4&amp;steps=2"' in html
 
 
 def test_a_link_fills_the_panel_and_starts_the_race(here):
@@ -241,7 +250,8 @@ def test_a_link_fills_the_panel_and_starts_the_race(here):
     assert [c[1] for c in updates[5]["choices"]] == [1, 2, 4]
     _, pending = tabs.read_link({"student": "nobody"})
     assert "unknown student 'nobody'" in pending["unknown"]
-    for bad in ({"steps": "3"}, {"seed": "-4"}, {"seed": "9" * 400}, {"seed": "²"}, {"seed": "--1"}, {"steps": "1e1"}, {"prompt": "x" * 10_000}, {"student": "tiny-words", "prompt": "", "steps": "four"}):
+    for bad in ({"steps": "3"}, {"seed": "-4"}, {"seed": "9" * 400}, {"seed": "²"}, {"seed": "--1"}, {"steps": "1e1"}, {"prompt": "x" * 10_000},
+                {"student": "tiny-words", "prompt": "", "steps": "four"}):
         boards = list(tabs.run_race(lambda: here.order(*tabs.read_link(bad)[1]["order"]), []))
         assert len(boards) == 1 and 'role="alert"' in boards[0][0], bad
 
@@ -307,7 +317,8 @@ def test_visitors_read_no_folders(here, monkeypatch):
     assert said.value.message == clean
     r = last(here.race(here.order("tiny-words", "red heart", 0, 1, "tiny-rival")))
     folder = str(Path(r.order.student.source).parent)
-    assert folder not in looks.race_board(r) + str(r.facts()) + str(api.students()) + str(last(here.strip(r.order)).facts()) + str(last(here.ladder(r.order)).facts())
+    assert folder not in (looks.race_board(r) + str(r.facts()) + str(api.students())
+                          + str(last(here.strip(r.order)).facts()) + str(last(here.ladder(r.order)).facts()))
 
 
 def test_a_forgotten_student_leaves_the_memory_and_no_example_of_it_is_kept(here, monkeypatch, tmp_path):
@@ -353,7 +364,8 @@ def test_the_leaderboard_shows_the_committed_table(here, monkeypatch, tmp_path):
     assert [(r["who"], r["kid_efflite0"], r["seeds"]) for r in rows] == [("teacher", 220, 1), ("dmd", 350, 2)]
     assert (rows[0]["kid_efflite0_spread"], rows[1]["kid_efflite0_spread"]) == (None, pytest.approx(50 * 2**0.5))
     head, table, plots = tabs.show_board("fashion", "kid_efflite0", "training_seconds")
-    assert "Best student: dmd" in head and "350 &plusmn; 71" in head and '<td class=fs-number data-value="350.0">350.0</td><td class=fs-number data-value="70.7">70.7</td>' in table
+    assert "Best student: dmd" in head and "350 &plusmn; 71" in head
+    assert '<td class=fs-number data-value="350.0">350.0</td><td class=fs-number data-value="70.7">70.7</td>' in table
     assert table.count("<tr>") == 3 and "<button type=\"button\">± over seeds</button>" in table and "recall" not in table          # empty here
     assert "350 ± 71 kid_efflite0" in plots and plots.count('class="fs-bar"') == 2
     assert plots.count('<text class="fs-name"') >= 2 and board.telling_cost(tmp_path / "fashion" / "leaderboard.csv") == "training_calls"
@@ -398,7 +410,8 @@ def test_the_snippets_draw_the_same_picture(here, name, what, tmp_path, monkeypa
 def test_the_folder_is_not_mistaken_for_the_package(tmp_path):
     """From the clone's root `import spaces` would find the folder; the lease takes the package where it is installed."""
     code = "import sys; sys.path[:0] = ['', 'spaces'] + {more!r}; import gpu; f = gpu.gpu(15)(len); print(gpu._SPACES, f is len, sys.modules.get('spaces', 0))"
-    run = lambda more, **env: subprocess.run([sys.executable, "-c", code.format(more=more)], cwd=ROOT, env={"PATH": "", **env}, capture_output=True, text=True, timeout=60)
+    run = lambda more, **env: subprocess.run([sys.executable, "-c", code.format(more=more)], cwd=ROOT, env={"PATH": "", **env}, capture_output=True,
+                                             text=True, timeout=60)
     assert run([]).stdout.split() == ["None", "True", "None"]
     fake = tmp_path / "spaces"
     fake.mkdir()
@@ -423,15 +436,19 @@ def test_the_assembled_folder_is_whole(assembled):
 
 
 @pytest.mark.parametrize("file, old, new, said", [
-    ("requirements.txt", "torch==2.11.0", "torch==2.13.0", "torch 2.13.0 is not what ZeroGPU has"), ("requirements.txt", "diffusers==0.42.1", "diffusers==0.30.0", "pyproject.toml wants"),
+    ("requirements.txt", "torch==2.11.0", "torch==2.13.0", "torch 2.13.0 is not what ZeroGPU has"),
+    ("requirements.txt", "diffusers==0.42.1", "diffusers==0.30.0", "pyproject.toml wants"),
     ("requirements.txt", "peft==0.21.2", "", "does not pin peft"),
-    ("requirements.txt", "spaces==", "spaces>=", "does not pin spaces"), ("requirements.txt", "gradio==6.31.0", "gradio==6.30.0", "not the gradio of requirements.txt"),
+    ("requirements.txt", "spaces==", "spaces>=", "does not pin spaces"),
+    ("requirements.txt", "gradio==6.31.0", "gradio==6.30.0", "not the gradio of requirements.txt"),
     ("README.md", "sdk: gradio", "sdk: static", "sdk is 'static'"), ("README.md", 'python_version: "3.12"', 'python_version: "3.11"', "python_version 3.11"),
     ("README.md", "app_file: app.py", "app_file: main.py", "app_file main.py does not exist"), ("README.md", "zero-a10g", "zero-h100", "no hardware"),
     ("README.md", "---\ntitle", "title", "no front matter"), ("README.md", "- tianweiy/DMD2\n", "", "models lacks tianweiy/DMD2"),
     ("README.md", "- tianweiy/DMD2\n", "- tianweiy/DMD2\n- me/mine\n", "models names me/mine"),
-    ("README.md", "- ByteDance/Hyper-SD Hyper-SD15", "- me/mine Hyper-SD15", "fetches me/mine"), ("README.md", " Hyper-SD15-4steps-lora.safetensors", "", "write 'ByteDance/Hyper-SD file,file'"),
-    ("README.md", "4steps-lora.safetensors", "4steps-lora.bin", "pickles"), ("app.py", "import api", "import apis", "imports apis"), ("app.py", '"style.css"', '"styles.css"', "uses styles.css")])
+    ("README.md", "- ByteDance/Hyper-SD Hyper-SD15", "- me/mine Hyper-SD15", "fetches me/mine"),
+    ("README.md", " Hyper-SD15-4steps-lora.safetensors", "", "write 'ByteDance/Hyper-SD file,file'"),
+    ("README.md", "4steps-lora.safetensors", "4steps-lora.bin", "pickles"), ("app.py", "import api", "import apis", "imports apis"),
+    ("app.py", '"style.css"', '"styles.css"', "uses styles.css")])
 def test_the_lint_finds(assembled, tmp_path, file, old, new, said):
     import shutil
     copy = tmp_path / "space"
