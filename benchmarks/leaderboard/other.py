@@ -50,7 +50,8 @@ def table(names: tuple[str, ...]) -> str:
         if not path.exists():
             continue
         entry = json.loads(path.read_text())
-        seen.append(f"{name}: `{entry['command']}`, {entry['steps']} steps, {entry['calls'] / 1e6:.2f} M calls in {entry['seconds']:.0f} s ({entry['hardware']})")
+        seen.append(f"{name}: `{entry['command']}`, {entry['steps']} steps, "
+                    f"{entry['calls'] / 1e6:.2f} M calls in {entry['seconds']:.0f} s ({entry['hardware']})")
         rows = entry["measured"]
         if columns is None:
             columns = [k for k in rows[-1] if k not in ("who", "steps", "calls", "low", "high")]

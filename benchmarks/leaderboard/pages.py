@@ -105,7 +105,8 @@ def legend(groups: list[list[dict]]) -> list[str]:
     beyond = any(r["beyond"] for g in groups for r in g)
     told = ["", "° more calls than the student was trained for, spaced as its own times are."] if beyond else []
     spent = {g[0]["who"]: f"{g[0]['training_calls'][0]:,.0f} calls" for g in groups if early(g)}
-    return ["", "\\* reached its script's own `--steps` before the budget was spent (" + ", ".join(f"{who}: {n}" for who, n in spent.items()) + ")."] * bool(spent) + told
+    named = ", ".join(f"{who}: {n}" for who, n in spent.items())
+    return ["", f"\\* reached its script's own `--steps` before the budget was spent ({named})."] * bool(spent) + told
 
 
 def budget(facts: dict) -> str:
@@ -158,7 +159,8 @@ def against_solvers(students: list[list[dict]], calls: int = 4) -> str:
     if not any(found.values()):
         return ""
     told = "; ".join(f"{word}: {', '.join(sorted(who)) or 'none'}" for word, who in found.items())
-    return f"Students at {calls} calls beside {' and '.join(sorted({r['who'] for r in solvers}))} at {least} ({' and '.join(f'{k:.0f}' for k in sorted(kids))}): {told}."
+    beside = f"{' and '.join(sorted({r['who'] for r in solvers}))} at {least} ({' and '.join(f'{k:.0f}' for k in sorted(kids))})"
+    return f"Students at {calls} calls beside {beside}: {told}."
 
 
 def by_calls(students: list[list[dict]], key: str, label) -> list[str]:
@@ -196,8 +198,10 @@ def markdown(entries: list[dict], facts: dict) -> str:
     label = lambda g: (f"{g[0]['who']} ({g[0]['sampler']})" if names[g[0]["who"]] > 1 else g[0]["who"]) + "*" * early(g)
     numbers = sorted({e["seed"] for e in entries if e["seed"] is not None})
     lines = [f"### {facts['teacher']}, {budget(facts)}{'' if facts['max_calls'] else ' of training'}", "",
-             f"{facts['samples']} samples a row, {seeds(entries)} ({', '.join(map(str, numbers)) or 'none'}{'; mean ± spread over them' * (len(numbers) > 1)}), teacher at guidance {facts.get('guidance', 1):g}"
-             f" in {facts.get('precision', 'float32')}, reference {facts['reference_steps']} steps; {machine(facts)}." + (f" Flags of every script: `{facts['flags']}`." if facts["flags"] else "")]
+             f"{facts['samples']} samples a row, {seeds(entries)} ({', '.join(map(str, numbers)) or 'none'}"
+             f"{'; mean ± spread over them' * (len(numbers) > 1)}), teacher at guidance {facts.get('guidance', 1):g} in "
+             f"{facts.get('precision', 'float32')}, reference {facts['reference_steps']} steps; {machine(facts)}."
+             + (f" Flags of every script: `{facts['flags']}`." if facts["flags"] else "")]
     if spent := cost(entries):
         lines[-1] += f" {spent[0].upper()}{spent[1:]}."
     lines += ["", "`kid_efflite0` to real images, at a number of network calls:", "", *by_calls(students, "kid_efflite0", plain)]
@@ -207,11 +211,16 @@ def markdown(entries: list[dict], facts: dict) -> str:
         lines += ["", "`kid_teacher`, the same distance to the teacher's own samples:", "", *by_calls(taught, "kid_teacher", plain)]
     own = facts.get("agreement") or ("class accuracy" if facts["teacher"] == "fashion" else "retrieval@5")
     lines += ["", "Each where it is nearest to real images:", "",
-              f"| model | calls | to real | to teacher | precision | recall | coverage | {own} | diversity | ODE error | steps | Mcalls | median seconds | peak GB | M trained |", "|" + "---|" * 15]
+              f"| model | calls | to real | to teacher | precision | recall | coverage | {own} | diversity | ODE error | steps | Mcalls | median seconds "
+              "| peak GB | M trained |", "|" + "---|" * 15]
     for g in students:
         r = nearest(g)
-        lines.append(f"| {label(g)} | {r['calls']} | {shown(r['kid_efflite0'])} | {shown(r['kid_teacher'])} | " + " | ".join(show(r[k], 2) for k in ("precision", "recall", "coverage", "agreement", "diversity"))
-                     + f" | {show(r['ode_error'], 2) if g[0]['kind'] != 'method' or g[0]['family'] == 'trajectory' else ''} | {show(r['training_steps'])} | {show(r['training_calls'], 2, 1e-6)} | {show(r['training_seconds'])} | {show(r['peak_memory_gb'], 2)} | {show(r['trained_parameters'], 2, 1e-6)} |")
+        follows = g[0]["kind"] != "method" or g[0]["family"] == "trajectory"
+        cells = [label(g), str(r["calls"]), shown(r["kid_efflite0"]), shown(r["kid_teacher"]),
+                 *(show(r[k], 2) for k in ("precision", "recall", "coverage", "agreement", "diversity")), show(r["ode_error"], 2) if follows else "",
+                 show(r["training_steps"]), show(r["training_calls"], 2, 1e-6), show(r["training_seconds"]), show(r["peak_memory_gb"], 2),
+                 show(r["trained_parameters"], 2, 1e-6)]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += legend(students) + agreement(entries, facts, students, label)
     warned = sorted({(e["who"], w) for e in entries for w in (e["job"] or {}).get("warnings", [])})
     failed = [(e["who"], e["seed"], e["error"]) for e in entries if "error" in e]
@@ -256,8 +265,10 @@ def short(entries: list[dict], facts: dict, top: int = 24) -> str:
     lines += legend(students)
     solvers = [r for r in average(flat(entries)) if r["kind"] == "solver"]
     if solvers:
-        lines += ["", "Without training: " + ", ".join(f"{r['who']} {show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(solvers, key=lambda r: (r["who"], r["calls"]))) + "."]
-    lines += ["", "The teacher: " + ", ".join(f"{show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(teacher, key=lambda r: -r["calls"])) + ". [All of it](benchmarks/leaderboard/README.md)."]
+        told = (f"{r['who']} {show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(solvers, key=lambda r: (r["who"], r["calls"])))
+        lines += ["", f"Without training: {', '.join(told)}."]
+    told = (f"{show(r['kid_efflite0'])} in {r['calls']} calls" for r in sorted(teacher, key=lambda r: -r["calls"]))
+    lines += ["", f"The teacher: {', '.join(told)}. [All of it](benchmarks/leaderboard/README.md)."]
     return "\n".join(lines)
 
 
@@ -354,7 +365,10 @@ def panels(students: list[list[dict]]) -> dict[str, list[list[dict]]]:
     two_time = {g[0]["who"] for g in students if g[0]["sampler"] == "jump"}
     out: dict[str, list[list[dict]]] = {}
     for g in sorted((g for g in students if g[0]["kind"] == "method"), key=lambda g: g[0]["who"]):
-        title = "two times (dashed: by their own rule)" if g[0]["who"] in two_time else "trajectory" if g[0]["family"] == "trajectory" else "distribution matching, adversarial"
+        if g[0]["who"] in two_time:
+            title = "two times (dashed: by their own rule)"
+        else:
+            title = "trajectory" if g[0]["family"] == "trajectory" else "distribution matching, adversarial"
         out.setdefault(title, []).append(g)
     return dict(sorted(out.items()))
 
@@ -386,8 +400,9 @@ def plot(entries: list[dict], facts: dict, path: Path) -> bool:
         for i, g in enumerate(group):
             colour, marker = looks[g[0]["who"]]
             jump = g[0]["sampler"] == "jump"
-            axis.errorbar([r["calls"] * 1.03 ** (i - len(group) / 2) for r in g], [r["kid_efflite0"][0] for r in g], [r["kid_efflite0"][1] or 0 for r in g], marker=marker,
-                          ms=5, lw=1.2, capsize=2, color=colour, ls="--" if jump else "-", label=g[0]["who"] + " (jump)" * jump)
+            kids = [r["kid_efflite0"] for r in g]
+            axis.errorbar([r["calls"] * 1.03 ** (i - len(group) / 2) for r in g], [kid for kid, _ in kids], [spread or 0 for _, spread in kids],
+                          marker=marker, ms=5, lw=1.2, capsize=2, color=colour, ls="--" if jump else "-", label=g[0]["who"] + " (jump)" * jump)
         axis.set(xscale="log", yscale="log", xlabel="network calls per image", title=title)
         axis.title.set_fontsize(10)
         axis.set_xticks(ticks, list(map(str, ticks)))
@@ -397,7 +412,9 @@ def plot(entries: list[dict], facts: dict, path: Path) -> bool:
     marks = [m for e in range(1, 7) for m in (10**e, 1.5 * 10**e, 2 * 10**e, 3 * 10**e, 5 * 10**e, 7 * 10**e) if low <= m <= high]
     axes[0][0].set_yticks(marks, [f"{m:g}" if m < 10_000 else f"{m:,.0f}" for m in marks])
     axes[0][0].set_ylabel("kid_efflite0 to real images")
-    figure.suptitle(f"{facts['teacher']}: " + (f"{facts['max_calls']:,} training calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training") + "; bars: spread over seeds" + "; at 8 calls students do more than they were trained for" * any(r["beyond"] for g in students for r in g), fontsize=11)
+    more = "; at 8 calls students do more than they were trained for" * any(r["beyond"] for g in students for r in g)
+    trained = f"{facts['max_calls']:,} training calls" if facts["max_calls"] else f"{facts['time_budget']:g} s of training"
+    figure.suptitle(f"{facts['teacher']}: {trained}; bars: spread over seeds{more}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Drawn from": digest(points(students))})
     plt.close(figure)

@@ -91,7 +91,8 @@ def settle(cfg: Config) -> Config:
         place, test = worlds.settle(cfg.world, cfg.data, cfg.test)
         cfg = replace(cfg, teacher=str(Path(cfg.teacher).resolve()), data=place, test=test, guidance=cfg.guidance or 2.0)
     elif cfg.teacher not in BUILT_IN:
-        raise UserError(f"--teacher {cfg.teacher}: the leaderboard knows the test data of {' and '.join(BUILT_IN)}; of a folder say --world {' or '.join(worlds.WORLDS)}")
+        raise UserError(f"--teacher {cfg.teacher}: the leaderboard knows the test data of {' and '.join(BUILT_IN)}; "
+                        f"of a folder say --world {' or '.join(worlds.WORLDS)}")
     elif given := [f"--{name}" for name in ("data", "test", "guidance") if getattr(cfg, name)]:
         raise UserError(f"{' and '.join(given)} belong to --world: {cfg.teacher} has its own")
     if cfg.samples % 10 or cfg.samples < 20:
@@ -153,7 +154,9 @@ def write(path: Path, data: dict):
 
 
 def hardware() -> str:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads, {model}"
     return f"{device}; torch {torch.__version__.split('+')[0]}"
 
@@ -341,7 +344,8 @@ def train(cfg: Config, name: str, seed: int) -> tuple[dict, dict]:
     contract, record = read_record(folder / "student")
     weights = load_file(folder / "student" / "unet" / "diffusion_pytorch_model.safetensors")
     job = {"training_seconds": round(seconds, 1), "training_calls": facts["calls"], "training_steps": facts["steps"],
-           "peak_memory_gb": round(facts["peak_memory_gb"], 2), "parameters": sum(v.numel() for v in weights.values()), "trained_parameters": sum(facts["trained"].values()),
+           "peak_memory_gb": round(facts["peak_memory_gb"], 2), "parameters": sum(v.numel() for v in weights.values()),
+           "trained_parameters": sum(facts["trained"].values()),
            "budget_used": round(facts["calls"] / cfg.max_calls if cfg.max_calls else seconds / cfg.time_budget, 3),
            "warnings": sorted({r["warning"] for r in rows if "warning" in r}), "hardware": hardware(),
            "sampler": contract.sampler, "steps": contract.steps, "slot": record["slot"]}
@@ -464,7 +468,8 @@ def check(entries: list[dict], methods: tuple[str, ...]):
     one = {who: r["kid_efflite0"] for who, r in good if r["steps"] == 1 and r["sampler"] != "ode"}
     problems += [f"{m} was not measured at one step" for m in (*methods, "untrained") if m not in one]
     if "untrained" in one:
-        problems += [f"{m} at one step has kid_efflite0 {one[m]:.0f}, the untrained student {one['untrained']:.0f}" for m in methods if one.get(m, -1) >= one["untrained"]]
+        problems += [f"{m} at one step has kid_efflite0 {one[m]:.0f}, the untrained student {one['untrained']:.0f}"
+                     for m in methods if one.get(m, -1) >= one["untrained"]]
     if problems:
         raise SystemExit("\n".join(["the guard failed:", *problems]))
 

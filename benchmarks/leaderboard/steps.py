@@ -3,7 +3,8 @@
     python benchmarks/leaderboard/steps.py             # what is missing in steps/; then the tables in README.md
     python benchmarks/leaderboard/steps.py --table     # the tables alone
 
-teachers.json: how stiff the teachers are (calculus.stiffness), and how far differences are from forward mode. The long step's rows are the boards' own where `calculus.time_step` chooses it. Each row is that of run.py: same budget, noise, samples, seed 0."""
+teachers.json: how stiff the teachers are (calculus.stiffness), and how far differences are from forward mode. The long step's rows
+are the boards' own where `calculus.time_step` chooses it. Each row is that of run.py: same budget, noise, samples, seed 0."""
 from __future__ import annotations
 
 import argparse
