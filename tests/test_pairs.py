@@ -1,7 +1,10 @@
 """Stored pairs: the same bits however often the making was killed and however many ranks shared it; endpoints of the guided ODE."""
 import contextlib
+import dataclasses
+import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_pixel, tiny_sd  # noqa: E402
 
-from zoo import UserError, backbones, losses, rollout  # noqa: E402
+from zoo import UserError, backbones, losses, metrics, rollout  # noqa: E402
 from zoo.backbones.base import Source  # noqa: E402
 from zoo.data import pairs  # noqa: E402
 from zoo.metrics import efflite0  # noqa: E402
@@ -180,3 +183,19 @@ def test_pairs_of_a_stream_are_read_forwards(tmp_path, monkeypatch):
         got = source.get(part)
         assert torch.equal(got["z"], whole["z"][part]) and torch.equal(got["cond"]["label"], whole["label"][part])
     assert len(opened) - made <= 2                              # once an epoch
+
+
+@pytest.mark.skipif(not efflite0.available(), reason="needs fewstep[metrics]")
+def test_a_run_says_which_perceptual_distance_it_took(tmp_path, monkeypatch):
+    import train_dmd_pairs as script
+    cfg = script.Config(teacher=str(tiny_pixel(tmp_path / "pixel")), metric="perceptual", pairs=8, pair_steps=2, batch=4, steps=1, time_budget=0,
+                        output_dir=str(tmp_path / "run"), sample_every=0, measure_every=0, mixed_precision="no")
+    script.main(cfg)
+    told = lambda: json.loads((tmp_path / "run/config.json").read_text()).get("perceptual_network")
+    body = (tmp_path / "run/student/README.md").read_text()
+    assert told() == "perceptual_efflite0" and re.search(r"^- perceptual distance of the loss: .*efflite0$", body, re.M)
+    monkeypatch.setattr(metrics, "perceptual_name", lambda: "lpips_vgg")                  # installed since: another loss
+    with pytest.raises(UserError, match="perceptual_network: 'perceptual_efflite0' -> 'lpips_vgg'"):
+        script.main(dataclasses.replace(cfg, steps=2))
+    script.main(dataclasses.replace(cfg, metric="mse", output_dir=str(tmp_path / "mse")))
+    assert "perceptual" not in (tmp_path / "mse/student/README.md").read_text()

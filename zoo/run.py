@@ -240,7 +240,7 @@ class Run:
             theirs = json.loads(record.read_text())
             # Runs from before these flags.
             theirs = {"optimizer": "adamw", "teacher_lora": "", "teacher_lora_scale": 1.0, "distilled_teacher": False, "flow_shift": 0.0, "base_bits": 0,
-                      "share_sample": False} | theirs
+                      "share_sample": False, "perceptual_network": mine.get("perceptual_network")} | theirs
             diff = [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in mine.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
             if theirs.get("method") != mine["method"]:
                 raise UserError(f"{self.out} holds a run of another method ({theirs.get('method')}): give another --output_dir")
@@ -263,6 +263,9 @@ class Run:
         """The resolved configuration as plain data; a teacher given as an object is named, not stored."""
         cfg = {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)}
         cfg = {k: v if isinstance(v, (int, float, str, bool, tuple, list, type(None))) else str(getattr(v, "name", type(v).__name__)) for k, v in cfg.items()}
+        if cfg.get("metric") == "perceptual" or cfg.get("perceptual"):
+            from . import metrics
+            cfg["perceptual_network"] = metrics.perceptual_name()           # part of the loss, and another one where LPIPS is installed
         cfg["flow_shift"] = 0.0 if self.flow_shift == 1 else self.flow_shift          # what was used: a run from before goes on with --flow_shift 1
         return json.loads(json.dumps({"method": self.cfg.method, **cfg}))
 

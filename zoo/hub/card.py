@@ -107,6 +107,7 @@ def _gather(folder, model, facts: dict) -> dict:
     known = {"license": _license(model), "base_model": base, "base_revision": _revision(base), "title": f"{Path(name).name}-{facts.get('method', 'student')}",
              "place": config.get("push_to_hub") or None, "data": Path(str(data)).name if data else None,
              "data_id": _hub_id(re.split(r"[?:]", str(data))[0]) if data else None, "seed": config.get("seed"), "stock": hasattr(model, "pipe"),
+             "perceptual": config.get("perceptual_network"),
              "lora_loads": hasattr(getattr(model, "pipe", None), "load_lora_weights") or None, "pipeline": _index(folder).get("_class_name"),
              "stock_guidance": getattr(model, "stock_guidance", None), "versions": _versions()}
     if name not in BUILT_IN and Path(name).name in BUILT_IN:       # a folder of that name is no teacher of the package
@@ -663,7 +664,8 @@ def _training(record: dict, facts: dict) -> str:
     made = [("command", code(facts["command"]) if facts.get("command") else none), ("started from", " -> ".join(map(str, facts.get("chain") or []))),
             ("data", _drawn_on(record, facts)), ("seed", facts.get("seed", none)), ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
             ("base while it trained", f"linear layers in {record['base_bits']:d} bits, the teacher's too: what was measured is the packed network; the weights "
-             "here are the base's own" if record.get("base_bits") else None), ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")),
+             "here are the base's own" if record.get("base_bits") else None), ("perceptual distance of the loss", facts.get("perceptual")),
+            ("student steps", facts.get("steps")), ("exported step", facts.get("exported_step")),
             ("network calls", count(facts["calls"]) if facts.get("calls") else None),
             ("trained parameters", ", ".join(f"{k} {count(v)}" for k, v in (facts.get("trained") or {}).items())),
             ("training time", time), ("device", facts.get("device")),
