@@ -382,6 +382,10 @@ def test_what_the_pages_say_of_the_boards_is_so(committed):
         spread = [r["kid_efflite0"] for (w, _, _), r in mean["fashion"].items() if w == who]
         assert any(s and s / m > 0.1 for m, s in spread), who
     # emoji
+    wide = {w for (w, _, c), r in mean["emoji"].items() if (s := r["kid_efflite0"][1]) and s / r["kid_efflite0"][0] > 0.1 and not r["beyond"]}
+    assert wide == {"scm"}
+    scores = [[round(v) for *_, v in e["curve"]["measure/score"]] for e in committed["emoji"] if e["who"] == "scm"]
+    assert [(min(s), s[-1]) for s in scores] == [(1303, 1536), (1362, 1521), (1456, 3481)]
     kid, taught = (lambda who, calls, key=key: best("emoji", who, key, calls) for key in ("kid_efflite0", "kid_teacher"))
     assert all(sum(kid(w, c) < kid("untrained", c) for w in students("emoji")) <= 2 for c in (1, 2, 4))
     assert kid("teacher", 100) > kid("untrained", 2)
