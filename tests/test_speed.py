@@ -1,5 +1,9 @@
-"""What makes steps faster without changing them: fused optimisers, and batches that are read ahead."""
+"""What makes steps faster without changing them: fused optimisers, batches that are read ahead, and a start that imports and fits nothing it need not."""
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from zoo.backbones.toy import Toy
 from zoo.data.ahead import Ahead, pinned
 from zoo.errors import UserError
 from zoo.run import Run
+
+ROOT = Path(__file__).parents[1]
 
 
 class Part:
@@ -267,3 +273,34 @@ def test_the_discriminator_judges_both_sides_in_one_call(tmp_path, monkeypatch):
     pairs = [(torch.randn(8, 2), torch.rand(8)) for _ in range(2)]
     together, single = train_dmd.critics.logits(net, pairs, cond, at), apart(net, pairs, cond, at)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, single)) and not torch.allclose(single[0], single[1], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ start
+def test_the_toys_network_is_what_its_fit_ends_at(monkeypatch):
+    """`zoo.backbones.toy.ship` writes it."""
+    from zoo.backbones import toy
+    monkeypatch.setattr(toy, "_fitted", {})
+    shipped = toy.Toy().module
+    monkeypatch.setattr(toy, "_fitted", {})
+    monkeypatch.setattr(toy, "SHIPPED", Path("nowhere"))
+    fitted, begun = toy.Toy().module, toy.Toy(fit_steps=0).module
+    x, k, label = 2 * torch.randn(900, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(1, 999, 900), torch.arange(900) % 9
+    apart = lambda a, b: (a(x, k, label) - b(x, k, label)).square().mean().sqrt().item()
+    assert apart(shipped, fitted) < 0.05 < 1 < apart(shipped, begun)           # another machine sums in another order
+
+
+def test_a_run_without_adapters_does_not_import_peft_and_one_with_them_reads_its_own():
+    code = """
+import sys, torch
+from zoo import backbones
+model = backbones.load("toy")
+x, t, cond = torch.randn(4, 2), torch.full((4,), 0.5), {"label": torch.arange(4)}
+plain = model.make("student")(x, t, cond)
+assert "peft" not in sys.modules, "peft"
+tuned = model.make("tuned", lora=4)
+for name, p in tuned.trainable().items():
+    p.data.normal_()
+assert "peft" in sys.modules and not torch.allclose(tuned(x, t, cond), plain), "the adapter is not read"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-1500:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from contextlib import contextmanager
 from typing import Callable, Protocol
 
@@ -137,6 +138,8 @@ def fold_slot(module: nn.Module, value: float, one: Tensor | None = None) -> Non
 
 # ----------------------------------------------------------------------------------------------------------- adapters
 def _adapter_layers(module: nn.Module) -> list:
+    if "peft" not in sys.modules:            # then nothing holds an adapter, and its import takes seconds
+        return []
     if "_zoo_layers" not in module.__dict__:
         from peft.tuners.tuners_utils import BaseTunerLayer
         module.__dict__["_zoo_layers"] = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
