@@ -10,7 +10,7 @@ from ..toy import ToyNet, ring
 from .base import Backbone, Examples, Source
 
 
-SHIPPED = Path(__file__).parents[1] / "assets/toy/network.safetensors"      # what the default fit ends at, which takes seconds; `ship` makes it
+SHIPPED = Path(__file__).parents[1] / "assets/toy/network.safetensors"      # what the default fit ends at, in float16; `ship` makes it
 DEFAULT = (8, 600, 128)
 _fitted: dict[tuple, dict] = {}      # weights by (modes, steps, width)
 
@@ -32,7 +32,7 @@ class Toy(Backbone):
             which = modes, fit_steps, width
             if which == DEFAULT and which not in _fitted and SHIPPED.exists():
                 from safetensors.torch import load_file
-                _fitted[which] = load_file(SHIPPED)
+                _fitted[which] = {k: v.float() for k, v in load_file(SHIPPED).items()}
             if which not in _fitted:
                 self._fit(fit_steps)
                 _fitted[which] = {k: v.clone() for k, v in self.module.state_dict().items()}
@@ -87,9 +87,9 @@ class Toy(Backbone):
 
 
 def ship():
-    """Fit the default network anew and write SHIPPED."""
+    """Fit the default network anew, which takes seconds, and write SHIPPED."""
     from safetensors.torch import save_file
     SHIPPED.unlink(missing_ok=True)
     _fitted.pop(DEFAULT, None)
     SHIPPED.parent.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in Toy().module.state_dict().items()}, SHIPPED)
+    save_file({k: v.half().contiguous() for k, v in Toy().module.state_dict().items()}, SHIPPED)
