@@ -302,7 +302,8 @@ assert "peft" not in sys.modules, "peft"
 tuned = model.make("tuned", lora=4)
 for name, p in tuned.trainable().items():
     p.data.normal_()
-assert "peft" in sys.modules and not torch.allclose(tuned(x, t, cond), plain), "the adapter is not read"
+fresh = model.make("fresh", lora=4)
+assert not torch.allclose(tuned(x, t, cond), plain) and torch.allclose(fresh(x, t, cond), plain), "not its own adapter"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-1500:]
