@@ -276,7 +276,7 @@ class Denoiser:
     def _call(self, *args):
         if self.weights is None:
             return self.forward(self.module, *args)
-        if self.role is None and sharding.is_cut(self.module):
+        if sharding.is_cut(self.module) and sharding.of_rows(self.module, self.weights):
             with sharding.holding(self.module, self.weights):
                 return self.forward(self.module, *args)
         weights = {f"module.{k}": v.to(args[0].device) for k, v in self.weights.items()}      # averages may live on the CPU

@@ -40,6 +40,7 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict, n: int = 1) -> int
     seen: dict[int, int] = {}
     place = lambda tensor: tensor.untyped_storage()._cdata
     own = {place(sharding.own(p)) for p in (*net.trainable().values(), *net.module.parameters())}
+    there: dict = {}
 
     def keep(tensor, into=seen):
         storage = tensor.untyped_storage()
@@ -48,7 +49,11 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict, n: int = 1) -> int
         return tensor.detach()                # itself, an output would hold the graph that holds it
 
     def gathered(module, _inputs):            # parameters of a cut network change while it runs
-        own.update(place(sharding.own(p)) for p in module.parameters(recurse=False))
+        there[module] = {place(p if sharding.flat(p) else sharding.own(p)) for p in module.parameters(recurse=False)} - own
+        own.update(there[module])
+
+    def dropped(module, *_):                  # an activation may come to lie where they lay
+        own.difference_update(there.pop(module, ()))
     inside = [0]
 
     def look(block, args):
@@ -67,7 +72,8 @@ def activation_bytes(net, shape: tuple[int, ...], cond: dict, n: int = 1) -> int
     cond = {k: v[:1].repeat_interleave(n, 0).to(device) for k, v in cond.items()}
     if net.slot == "guidance":
         cond["guidance"] = torch.ones(n, device=device)
-    hooks = [m.register_forward_pre_hook(gathered) for m in net.module.modules()] if sharding.is_cut(net.module) else []
+    parts = net.module.modules() if sharding.is_cut(net.module) else ()
+    hooks = [hook for m in parts for hook in (m.register_forward_pre_hook(gathered), m.register_forward_hook(dropped))]
     denoiser.LOOKING.append(look)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -110,7 +116,7 @@ def plan(run) -> Estimate:
             r |= run.engine.planned(r, lambda shape: optimizers.state_bytes(cfg.optimizer, shape))
         held, needed = held + r["weights"] + r["averages"], needed + r["optimizer"]
         once = max(once, r["gradient"] + r["activations"])       # of one trainee at a time: gradients go with its step
-        lines.append(f"{t.name}: {sum(p.numel() for p in t.params.values()):,} trainable parameters; weights {r['weights'] / GB:.3f} GB, gradient "
+        lines.append(f"{t.name}: {sum(map(sharding.count, t.params.values())):,} trainable parameters; weights {r['weights'] / GB:.3f} GB, gradient "
                      f"{r['gradient'] / GB:.3f} GB, {cfg.optimizer} {r['optimizer'] / GB:.3f} GB, averages {averages / GB:.3f} GB"
                      f"{' on the CPU' * cfg.offload_averages}, activations {r['activations'] / GB:.3f} GB")
     needed += once

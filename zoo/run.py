@@ -164,7 +164,7 @@ class Run:
         from .recipes import suggest
         self.cfg, self.model = cfg, model
         self.fsdp = sharding.settings(cfg.method) if sharding.asked() else None
-        self.zero = deepspeed.asked()        # one network's gradients and optimiser states in parts, by `engine`
+        self.zero = deepspeed.asked()        # 0, or the stage of ZeRO: one network is stepped in parts, by `engine`
         self.engine: deepspeed.Engine | None = None
         if self.zero:
             deepspeed.check(cfg)
@@ -195,7 +195,7 @@ class Run:
         if (self.fsdp or self.zero) and precision == "fp16":
             raise UserError("--mixed_precision fp16 scales its losses for one network: under FSDP and DeepSpeed use bf16 or no")
         # Gathered weights must not outlive their block, nor be mistaken for an average's: under FSDP autocast keeps no copies of them.
-        handlers = [AutocastKwargs(cache_enabled=False)] if self.fsdp else []
+        handlers = [AutocastKwargs(cache_enabled=False)] if self.fsdp or self.zero == 3 else []
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
             AcceleratorState._reset_state()        # an earlier run of this process had another
         with deepspeed.hidden():
@@ -210,7 +210,7 @@ class Run:
             raise UserError(f"--batch {cfg.batch} is not divisible by {self.world} ranks x {cfg.accumulate} micro-batches")
         set_seed(cfg.seed)
         self.ahead = Ahead() if self.device.type == "cuda" else None      # on a CPU the thread would take its time from the training
-        self.sharded = self.fsdp is not None and self.world > 1
+        self.sharded = (self.fsdp is not None or self.zero == 3) and self.world > 1
         self.takes_part = self.rank == 0 or self.sharded      # in sampling and measuring: cut networks are called on all ranks together
         quantized.quantize(model, cfg.base_bits, self.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
         if cfg.base_bits and self.rank == 0:
@@ -284,7 +284,7 @@ class Run:
         if self.world > 1:
             for p in params.values():
                 torch.distributed.broadcast(p.data, 0)
-        if self.sharded and net.module is not self.model.module:
+        if self.sharded and self.fsdp and net.module is not self.model.module:
             sharding.cut(net.module, self.fsdp, self.device)
         trainee = self.trainees[name] = Trainee(name, net, warm)
         settings = {"betas": cfg.betas, "weight_decay": cfg.weight_decay} | options
@@ -432,12 +432,12 @@ class Run:
         cfg = self.cfg
         from .plan import plan
         self._count()                        # what the script prepared before its loop, such as stored pairs
-        if self.sharded and not sharding.is_cut(self.model.module):
+        if self.sharded and self.fsdp and not sharding.is_cut(self.model.module):
             adapters = {p for t in self.trainees.values() if t.net.module is self.model.module for p in t.params.values()}
             sharding.cut(self.model.module, self.fsdp, self.device, whole=adapters & set(self.model.module.parameters()))
         if self.zero and self.world > 1:
             for t in [t for t in self.trainees.values() if t.lr(0)]:        # one: `train` refused a second
-                self.engine = deepspeed.Engine(t, cfg.batch // (self.world * cfg.accumulate), cfg.accumulate, cfg.max_grad_norm)
+                self.engine = deepspeed.ENGINES[self.zero](t, cfg.batch // (self.world * cfg.accumulate), cfg.accumulate, cfg.max_grad_norm, self.model.module)
         estimate = self.estimate = plan(self)
         if cfg.dry_run:
             return
@@ -499,7 +499,7 @@ class Run:
             self.engine.release()
         self.accelerator.end_training()
         if (self.sharded or self.engine is not None) and not torch.distributed.is_initialized():
-            (sharding if self.sharded else deepspeed).release_groups()
+            (sharding if self.fsdp else deepspeed).release_groups()
 
     def _settle(self):
         if self.sharded:

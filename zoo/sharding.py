@@ -9,7 +9,8 @@ What is cut depends on the run:
 
 A rank holds rows of each parameter (`torch.chunk` along the first axis). Calling a cut network gathers it block by block, which all ranks
 must do together: every rank makes the same calls in the same order (`together`). Files hold whole tensors, so that a checkpoint does not
-know how many ranks wrote it. The first FSDP is refused: it flattens what trainees share. DeepSpeed, for methods with one trainee: zoo/deepspeed.py."""
+know how many ranks wrote it. The first FSDP is refused: it flattens what trainees share. DeepSpeed, for methods with one trainee, is in
+zoo/deepspeed.py; what its ZeRO-3 cut is read here as well: a rank holds one of equal pieces of each flattened parameter, the last one padded."""
 from __future__ import annotations
 
 import copy
@@ -78,10 +79,7 @@ def cut(module: nn.Module, plugin, device, whole: set[nn.Parameter] = frozenset(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    odd = next((n for n, p in module.named_parameters() if not p.is_floating_point() or type(p.data) is not Tensor), None)
-    if odd is not None:
-        raise UserError(f"the quantised weights of {odd} cannot be cut over ranks: use {CONFIGS}/8gpu_ddp.yaml, or load the base unquantised")
-    module.__dict__["_zoo_outline"] = _outline(module)
+    mark(module)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     common = dict(mesh=mesh, ignored_params=set(whole))
     names = plugin.transformer_cls_names_to_wrap or ()
@@ -91,6 +89,14 @@ def cut(module: nn.Module, plugin, device, whole: set[nn.Parameter] = frozenset(
     for part in _parts(module):
         if device.type == "cpu":
             part.set_force_sum_reduction_for_comms(True)            # gloo cannot average
+
+
+def mark(module: nn.Module) -> None:
+    """Note that `module` is about to be cut, and its outline. Raises UserError for quantised weights."""
+    odd = next((n for n, p in module.named_parameters() if not p.is_floating_point() or type(p.data) is not Tensor), None)
+    if odd is not None:
+        raise UserError(f"the quantised weights of {odd} cannot be cut over ranks: use {CONFIGS}/8gpu_ddp.yaml, or load the base unquantised")
+    module.__dict__["_zoo_outline"] = _outline(module)
     module.__dict__["_zoo_cut"] = True
 
 
@@ -117,6 +123,12 @@ def together(net) -> bool:
     return module is not None and is_cut(module)
 
 
+def of_rows(module: nn.Module, weights: dict[str, Tensor]) -> bool:
+    """Whether `weights` are this rank's rows of the parameters of those names (FSDP2 leaves adapters whole, ZeRO-3 cuts them too)."""
+    p = module.get_parameter(next(iter(weights)))
+    return own(p) is not p
+
+
 def called(net, going: Tensor) -> Tensor | None:
     """Which rows of a batch to call `net` on, those of `going` [B] being wanted: None when there are none. A cut network is called all the same,
     on one row, since other ranks may want some; its result is of length 1 and vanishes in an assignment to no rows."""
@@ -129,6 +141,9 @@ def settle(module: nn.Module) -> None:
     """Drop gathered parameters, so that the next call reads this rank's present values and flags."""
     for part in _parts(module) if is_cut(module) else []:
         part.reshard()
+    for p in module.parameters():
+        if flat(p) and p.numel():
+            p.partition()
 
 
 def rest(module: nn.Module) -> None:
@@ -154,15 +169,29 @@ def release_groups() -> None:
 # ------------------------------------------------------------------------------------------------------- tensors
 def own(p: Tensor) -> Tensor:
     """This rank's rows of a parameter or gradient (without graph, same memory); the tensor itself when it is whole."""
-    return p.detach().to_local() if _spread(p) else p
+    return p.ds_tensor if flat(p) else p.detach().to_local() if _spread(p) else p
 
 
 def _spread(p: Tensor) -> bool:
     return getattr(p, "device_mesh", None) is not None
 
 
+def flat(p: Tensor) -> bool:
+    """Whether ZeRO-3 cut it."""
+    return hasattr(p, "ds_tensor")
+
+
+def count(p: Tensor) -> int:
+    """Numbers of the whole parameter."""
+    return p.ds_numel if flat(p) else p.numel()
+
+
 def rows(value: Tensor, p: Tensor) -> Tensor:
     """This rank's rows of the whole tensor `value`, as parameter `p` is cut."""
+    if flat(p):
+        n, rank = p.ds_tensor.numel(), torch.distributed.get_rank()
+        part = value.flatten()[rank * n : (rank + 1) * n]
+        return nn.functional.pad(part, (0, n - part.numel()))
     if not _spread(p):
         return value
     chunks, rank = value.chunk(p.device_mesh.size()), p.device_mesh.get_local_rank()
@@ -171,11 +200,15 @@ def rows(value: Tensor, p: Tensor) -> Tensor:
 
 def whole_state(value: Tensor, p: Tensor) -> Tensor:
     """`whole` of a parameter or of an optimiser's state for it; states of other shapes than the rows (step counts) are equal on all ranks."""
-    return whole(value, p) if _spread(p) and value.shape == p.to_local().shape and value.ndim else value
+    return whole(value, p) if own(p) is not p and value.shape == own(p).shape and value.ndim else value
 
 
 def whole(part: Tensor, p: Tensor) -> Tensor:
     """The whole tensor of which the ranks hold `part`, cut as parameter `p` is. All ranks call it."""
+    if flat(p):
+        pieces = [part.new_empty(part.shape, device=p.device) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(pieces, part.to(p.device))
+        return torch.cat(pieces)[: p.ds_numel].view(p.ds_shape)
     if not _spread(p):
         return part
     from torch.distributed.tensor import DTensor

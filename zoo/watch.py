@@ -318,7 +318,7 @@ class Watcher:
             return
         score = run.best[0] if step == run.best[1] else self.last["score"] if self.last.get("step") == step else None
         facts |= {"samples": self.n, "exported_step": step, "score": score, "seconds": run.elapsed, "steps": run.step, "calls": run.calls,
-                  "trained": {n: sum(p.numel() for p in t.params.values()) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device),
+                  "trained": {n: sum(map(sharding.count, t.params.values())) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device),
                   "energy": run.energy}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
         facts |= {"method": run.cfg.method, "config": run.describe(), "contract": self.contract, "lora": run.cfg.lora,
