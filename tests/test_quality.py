@@ -11,13 +11,12 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.alone
-def test_ninety_seconds_of_dmd_close_part_of_the_gap_on_fashion(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    subprocess.run([sys.executable, str(ROOT / "train_scripts/train_dmd.py"), "--teacher", "fashion", "--student_times", "1.0", "--time_budget", "90",
-                    "--output_dir", str(tmp_path / "run"), "--sample_every", "0", "--measure_every", "0"], check=True,
-                   env=env | {"PYTHONPATH": str(ROOT)}, timeout=600)
+def test_seventy_steps_of_dmd_close_part_of_the_gap_on_fashion(tmp_path):
+    """Steps, not seconds, so that a slow machine trains as far as a fast one."""
+    subprocess.run([sys.executable, str(ROOT / "train_scripts/train_dmd.py"), "--teacher", "fashion", "--student_times", "1.0", "--steps", "70",
+                    "--time_budget", "0", "--output_dir", str(tmp_path / "run"), "--sample_every", "0", "--measure_every", "0"], check=True,
+                   env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=1200)
     facts = json.loads((tmp_path / "run" / "measured.json").read_text())
     distance = {(r["who"], r["steps"]): r["conditional_kid_fashionnet"] for r in facts["measured"]}
     closed = (distance["teacher", 1] - distance["student", 1]) / (distance["teacher", 1] - distance["teacher", 25])
-    assert facts["steps"] > 20 and closed > 0.4, (closed, distance)
+    assert facts["steps"] == 70 and closed > 0.4, (closed, distance)

@@ -182,7 +182,8 @@ def main(cfg: Config) -> None:
             mean, count = 0.0, 0
             store(seconds)
     store(seconds)
-    print(f"{sum(p.numel() for p in params.values()):,} parameters, {step} steps, {seconds:.0f} s, held out {held_out():.3f} bits per character, saved to {cfg.out}")
+    print(f"{sum(p.numel() for p in params.values()):,} parameters, {step} steps, {seconds:.0f} s, "
+          f"held out {held_out():.3f} bits per character, saved to {cfg.out}")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,8 @@ def describe(row: registry.Student) -> str:
     paper = registry.paper(row)
     facts = {"source": row.url or row.source, "revision": row.revision if row.kind == "community" else "",
              "base model": f"{row.teacher} ({row.base_license})",
-             "license": row.license, "method": row.method, "paper": f"{paper.title}: {paper.url}" if paper else "", "holds": " ".join(filter(None, (row.parts, row.file, row.second_file))),
+             "license": row.license, "method": row.method, "paper": f"{paper.title}: {paper.url}" if paper else "",
+             "holds": " ".join(filter(None, (row.parts, row.file, row.second_file))),
              "LoRA scale": f"{row.lora_scale:g}" if row.is_lora else "", "pipeline": row.pipeline,
              "scheduler": row.scheduler or ("as the base model's" if row.kind == "community" else "in its folder"),
              "its settings": json.dumps(row.scheduler_config) if row.scheduler_config else "",

@@ -137,8 +137,8 @@ def anyflow(size: str) -> Student:
     return row(f"anyflow.wan2.1-t2v-{size.lower()}", "anyflow", f"Wan-AI/Wan2.1-T2V-{size}-Diffusers", repo, (16, 8, 4, 2, 1), "other", default_steps=4,
                pipeline="AnyFlowPipeline", guidance=1.0, dtype="bfloat16", modality="video", status="unverified",
                facts=(ANYFLOW_DOCS, HUB + repo + "/blob/main/README.md", HUB + "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers/blob/main/model_index.json"),
-               note="diffusers' documentation opens it with AnyFlowPipeline, but the model_index.json that was read names classes of its authors' package (far), "
-                    "which stock diffusers refuses; its card says licence `other` and names none")
+               note="diffusers' documentation opens it with AnyFlowPipeline, but the model_index.json that was read names classes of its authors' "
+                    "package (far), which stock diffusers refuses; its card says licence `other` and names none")
 
 
 ROWS = (
@@ -226,7 +226,8 @@ ROWS = (
     # ----------------------------------------------------------------------------------------------------- whole pipelines
     *(row(f"sana-sprint.{size.lower()}", "scm", base, f"Efficient-Large-Model/Sana_Sprint_{size}_1024px_diffusers", (2,), "nscl-v2-custom",
           paper="sana_sprint", pipeline="SanaSprintPipeline", guidance=4.5, dtype="bfloat16",
-          facts=(SPRINT_DOCS, HUB + f"Efficient-Large-Model/Sana_Sprint_{size}_1024px", HUB + f"deAPI-ai/sanasprint{size[0]}{size[2]}b1024/blob/main/README.md"),
+          facts=(SPRINT_DOCS, HUB + f"Efficient-Large-Model/Sana_Sprint_{size}_1024px",
+                 HUB + f"deAPI-ai/sanasprint{size[0]}{size[2]}b1024/blob/main/README.md"),
           metrics=(Metric("FID", fid, 2, "MJHQ-30K", "https://github.com/NVlabs/Sana/blob/main/docs/sana_sprint.md"),),
           note="other counts need the scheduler without intermediate_timesteps; licence: NVIDIA's (LICENSE.txt), by the card of the same weights in "
                "the original layout and a copy's")
@@ -236,7 +237,8 @@ ROWS = (
         pipeline="FluxPipeline", guidance=0.0, dtype="bfloat16", call={"max_sequence_length": 256},
         facts=(FLUX_DOCS, HUB + "black-forest-labs/FLUX.1-schnell")),
     row("flux.2-klein-4b", "undisclosed", "black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-klein-4B", (4,), "apache-2.0",
-        pipeline="Flux2KleinPipeline", guidance=1.0, dtype="bfloat16", facts=(KLEIN_README, HUB + "black-forest-labs/FLUX.2-klein-4B/blob/main/model_index.json"),
+        pipeline="Flux2KleinPipeline", guidance=1.0, dtype="bfloat16",
+        facts=(KLEIN_README, HUB + "black-forest-labs/FLUX.2-klein-4B/blob/main/model_index.json"),
         note="is_distilled in its model_index.json switches guidance off whatever is passed"),
     # Nine steps of the scheduler are eight calls of the network: the last has no noise left to remove.
     row("z-image-turbo", "decoupled_dmd", "Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo", (9,), "apache-2.0", pipeline="ZImagePipeline", guidance=0.0,

@@ -203,7 +203,8 @@ class Run:
         self.device, self.rank, self.world = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         if cfg.compile:
             compiled.check(cfg, bool(self.fsdp or self.zero), self.device)
-        for name, least in {"batch": 1, "accumulate": 1, "keep_checkpoints": 1, "log_every": 0, "checkpoint_every": 0, "sample_every": 0, "measure_every": 0}.items():
+        for name, least in {"batch": 1, "accumulate": 1, "keep_checkpoints": 1, "log_every": 0, "checkpoint_every": 0, "sample_every": 0,
+                            "measure_every": 0}.items():
             if getattr(cfg, name) < least:
                 raise UserError(f"--{name} {getattr(cfg, name)}: give {least} or more")
         if cfg.batch % (self.world * cfg.accumulate):
@@ -245,7 +246,8 @@ class Run:
             if theirs.get("method") != mine["method"]:
                 raise UserError(f"{self.out} holds a run of another method ({theirs.get('method')}): give another --output_dir")
             if diff:
-                raise UserError(f"{self.out} holds a run with another configuration ({'; '.join(diff)}): repeat its flags to resume it, or give another --output_dir")
+                raise UserError(f"{self.out} holds a run with another configuration ({'; '.join(diff)}): repeat its flags to resume it, "
+                                "or give another --output_dir")
         elif self.out.exists() and any(self.out.iterdir()) and not self.cfg.dry_run:
             raise UserError(f"{self.out} exists and is not a run of ours: give another --output_dir")
         if self.cfg.dry_run:

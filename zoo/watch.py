@@ -48,7 +48,8 @@ class FirstTimeZero:
 class Watcher:
     """Made by `Run.watch`. times: times the student is sampled at, noise to data, on the exported network's own path (a student seen
     through a view is sampled at the times of equal angle); rule: see rollout.sample; two_time: the student is a two-time net, watched and exported through
-    its r = 0 fold; follows_teacher: its target is the guided teacher (False: data, or a teacher whose guidance cancels), so that its guidance can be read off samples."""
+    its r = 0 fold; follows_teacher: its target is the guided teacher (False: data, or a teacher whose guidance cancels), so that its guidance can be read off
+    samples."""
 
     opened_by = "DiffusionPipeline.from_pretrained"
     cell = 64           # pixels of a picture in the grid
@@ -283,7 +284,8 @@ class Watcher:
             kid = self.distance(pictures)
             rows.append({"who": who, "steps": steps, "calls": calls, self.distance_name: kid.value,
                          **({"low": kid.low, "high": kid.high} if kid.low == kid.low else {}),           # one prompt alone has no interval
-                         "diversity": metrics.diversity(self._by_prompt(latents)) / self.reference_diversity, **self.extra(latents), "seconds_per_image": seconds})
+                         "diversity": metrics.diversity(self._by_prompt(latents)) / self.reference_diversity, **self.extra(latents),
+                         "seconds_per_image": seconds})
         per_step = 1 if self.run.model.guidance == 1 else 2
         for steps in sorted({*self.trained, 8, TEACHER_STEPS}, reverse=True):
             row("teacher", steps, steps * per_step, lambda: self.teach(steps, self.n, self.examples))
@@ -318,7 +320,8 @@ class Watcher:
             return
         score = run.best[0] if step == run.best[1] else self.last["score"] if self.last.get("step") == step else None
         facts |= {"samples": self.n, "exported_step": step, "score": score, "seconds": run.elapsed, "steps": run.step, "calls": run.calls,
-                  "trained": {n: sum(map(sharding.count, t.params.values())) for n, t in run.trainees.items() if t.updates}, "peak_memory_gb": peak_memory_gb(run.device),
+                  "trained": {n: sum(map(sharding.count, t.params.values())) for n, t in run.trainees.items() if t.updates},
+                  "peak_memory_gb": peak_memory_gb(run.device),
                   "energy": run.energy}
         (run.out / "measured.json").write_text(json.dumps(facts, indent=1))
         facts |= {"method": run.cfg.method, "config": run.describe(), "contract": self.contract, "lora": run.cfg.lora,

@@ -148,7 +148,7 @@ class Board:
 
 def write(path: Path, data: dict):
     """Written beside and renamed: a kill leaves the old file or the new one."""
-    temp = path.with_name(path.name + ".tmp")
+    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")         # several commands may fill one board
     temp.write_text(json.dumps(data, indent=1) + "\n")
     os.replace(temp, path)
 

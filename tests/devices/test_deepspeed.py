@@ -150,3 +150,15 @@ def test_other_methods_and_adapters_with_deepspeed(config, tmp_path, teachers): 
     print(apart)
     assert max(apart.values()) < 2e-4, apart
     DiffusionPipeline.from_pretrained(tmp_path / "two" / "unet" / "student")
+
+
+@pytest.mark.slow
+def test_what_a_step_does_not_use_stays_under_zero_3(tmp_path, teachers):  # noqa: F811
+    """Not moved by the gradient of an earlier step."""
+    pytest.importorskip("deepspeed")
+    more = dict(betas=(0.0, 0.999), steps=4)
+    run = lambda where, **others: options(tmp_path / where, teachers, "rare", more, **others)
+    alone("now_and_then", run("one"))
+    torchrun(ZERO3, [{"method": "now_and_then", "sharded": True, "zero": True, "options": run("two")}])
+    one, two = (files(tmp_path / where / "rare")["student.safetensors"] for where in ("one", "two"))
+    assert one.keys() == two.keys() and max((v - two[k]).abs().max().item() for k, v in one.items()) < 2e-4

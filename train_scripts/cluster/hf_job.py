@@ -42,7 +42,8 @@ def command(root: Path, words: list[str], gpus: int, config: str = "") -> list[s
     if not gpus:
         return [sys.executable, *script]
     config = config or ("1gpu.yaml" if gpus == 1 else "8gpu_ddp.yaml")
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "train_scripts" / "accelerate" / config), "--num_processes", str(gpus), *script]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(root / "train_scripts" / "accelerate" / config),
+            "--num_processes", str(gpus), *script]
 
 
 def main(words: list[str]) -> int:

@@ -35,7 +35,8 @@ class Custom(Backbone):
             raise UserError(f"`uncond` has the keywords {', '.join(sorted(uncond)) or 'none'}, and `data` "
                             f"{', '.join(sorted(set(data) - {'x0'})) or 'none'} (x0 aside): give the same ones")
         if len({len(v) for v in data.values()}) != 1:
-            raise UserError(f"the tensors of `data` are of different lengths ({', '.join(f'{k}: {len(v)}' for k, v in data.items())}): one row per item in each")
+            raise UserError(f"the tensors of `data` are of different lengths ({', '.join(f'{k}: {len(v)}' for k, v in data.items())}): "
+                            "one row per item in each")
 
     def forward(self, module, x, timestep, cond):
         return module(x, timestep, **cond)

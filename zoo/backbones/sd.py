@@ -15,7 +15,8 @@ def variance_preserving(name: str, scheduler) -> tuple[VP, str]:
     config = scheduler.config
     if "beta_schedule" not in config or config.get("prediction_type", "epsilon") not in PREDICTIONS:
         raise UserError(f"{name} samples by {type(scheduler).__name__} (prediction {config.get('prediction_type')}), and this family is read on "
-                        "variance-preserving schedules with prediction epsilon, v_prediction or sample: if it is a few-step student already, distil from its teacher")
+                        "variance-preserving schedules with prediction epsilon, v_prediction or sample: if it is a few-step student already, "
+                        "distil from its teacher")
     return VP.from_config(config), PREDICTIONS[config.get("prediction_type", "epsilon")]
 
 

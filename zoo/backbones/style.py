@@ -206,7 +206,8 @@ def _check(model, style: Style) -> None:
     first = next(iter(shapes))
     if held < 0.5 * wanted:
         share = "none" if not held else "only a part"
-        raise UserError(f"--teacher_lora {style.source} does not fit {model.name}, a model of the {model.family} family ({share} of its weights has a place there; its first is {first} {list(shapes[first])}): give a LoRA made for this base model")
+        raise UserError(f"--teacher_lora {style.source} does not fit {model.name}, a model of the {model.family} family "
+                        f"({share} of its weights has a place there; its first is {first} {list(shapes[first])}): give a LoRA made for this base model")
     if held < 0.99 * wanted:
         print(f"note: {1 - held / wanted:.0%} of the weights of --teacher_lora {style.source} have no place in {model.name} and are left out", file=sys.stderr)
     for path, layer in layers:

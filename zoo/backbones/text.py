@@ -126,7 +126,8 @@ class Text(Tokens):
         from ..hub.export import read_record
         if read_record(Path(folder))[1]["family"] != self.family:
             raise UserError(f"--init_student {folder} is no text student: start from a student of the same teacher")
-        state, own = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).state_dict(), module.state_dict()
+        theirs = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        state, own = theirs.state_dict(), module.state_dict()
         if state.keys() != own.keys() or any(state[k].shape != own[k].shape for k in own):
             raise UserError(f"--init_student {folder} does not fit the teacher {self.name}: start from a student of the same teacher")
         module.load_state_dict(state)

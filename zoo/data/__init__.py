@@ -223,7 +223,8 @@ def _table(spec: str | Path, column: str = "image") -> Dataset:
         table = table if name in ("", what) else _renamed(table, name, what)
     if "image" in table.column_names and column == "image":
         kind = table.features["image"]
-        if isinstance(kind, dict) and kind.keys() <= {"bytes", "path"} or isinstance(kind, Value) and kind.dtype in ("string", "large_string", "binary", "large_binary"):
+        if isinstance(kind, dict) and kind.keys() <= {"bytes", "path"} or (
+                isinstance(kind, Value) and kind.dtype in ("string", "large_string", "binary", "large_binary")):
             table = table.cast_column("image", Image())
     return table
 

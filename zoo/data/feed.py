@@ -376,7 +376,8 @@ class Pictures:
             raise UserError(f"--data {place}: {len(bad)} of {self.n} labels do not fit {self.model.name}, the first is: {next(iter(bad.values()))}; "
                             f"name the column of its class numbers, as in --data '{place}?label=COLUMN'")
         if len(bad) > 0.01 * self.n:
-            raise UserError(f"--data {place}: {len(bad)} of {self.n} {self.column}s have no caption (allowed: 1 %), the first is {self._rows([next(iter(bad))])[0]['name'] or f'item {next(iter(bad))}'}: "
+            raise UserError(f"--data {place}: {len(bad)} of {self.n} {self.column}s have no caption (allowed: 1 %), "
+                            f"the first is {self._rows([next(iter(bad))])[0]['name'] or f'item {next(iter(bad))}'}: "
                             f"caption or remove them, or name the column of captions, as in --data '{place}?caption=COLUMN'")
         for i, why in bad.items():
             self.tally.skip(i, self._rows([i])[0]["name"] or f"item {i}", why)

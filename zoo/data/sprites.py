@@ -115,7 +115,8 @@ class Sprites:
         pixels = torch.arange(self.size, device=video.device)
         near = ((pixels >= corner[..., None] - 1) & (pixels <= corner[..., None] + s)).float()      # [B F, 2, size]
         mass = ink.sum(1).clamp(min=0) * near[:, 0, :, None] * near[:, 1, None]
-        centre = lambda m: torch.stack([(m.sum(2) * pixels[: m.shape[1]]).sum(1), (m.sum(1) * pixels[: m.shape[2]]).sum(1)], 1) / m.sum((1, 2)).clamp(min=1e-6)[:, None]
+        centre = lambda m: torch.stack([(m.sum(2) * pixels[: m.shape[1]]).sum(1),
+                                        (m.sum(1) * pixels[: m.shape[2]]).sum(1)], 1) / m.sum((1, 2)).clamp(min=1e-6)[:, None]
         found = torch.where(mass.sum((1, 2))[:, None] > 1e-3, centre(mass) - centre(template.sum(1)), corner.float())
         return found.unflatten(0, (b, f)), best.unflatten(0, (b, f))
 

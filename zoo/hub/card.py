@@ -506,7 +506,8 @@ image = pipe({json.dumps(prompt, ensure_ascii=False)}, {call}).images[0]
 def _measured(facts, unmask) -> str:
     note = f"{int(facts['samples'])} samples; " if facts.get("samples") else ""
     timed = facts.get("device") and any("seconds_per_image" in r for r in facts["measured"])
-    on = (f" Seconds are of one picture, sampled and decoded in one batch by the run itself on {plain(facts['device'])}: other work of the machine lengthens them."
+    on = (f" Seconds are of one picture, sampled and decoded in one batch by the run itself on {plain(facts['device'])}: "
+          "other work of the machine lengthens them."
           if timed else "")
     diversity = " `diversity` is the spread over seeds of one prompt, 1 being the teacher's." if any("diversity" in r for r in facts["measured"]) else ""
     if unmask:

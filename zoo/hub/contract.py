@@ -321,7 +321,8 @@ def _flow_terms(knots: dict, rule: Sampler, pipe) -> dict:
     return {"scheduler": name, "shift": unshifted, "grid": grid, "call": {k: {"sigmas": [round(back(x / 1000), 9) for x in v]} for k, v in knots.items()}}
 
 
-SCHEDULERS = {"renoise": "LCMScheduler", "jump": "LCMScheduler", "ode": "DDIMScheduler", "tcd": "TCDScheduler", "unmask": "none", "causal": "FlowMatchLCMScheduler"}
+SCHEDULERS = {"renoise": "LCMScheduler", "jump": "LCMScheduler", "ode": "DDIMScheduler", "tcd": "TCDScheduler", "unmask": "none",
+              "causal": "FlowMatchLCMScheduler"}
 
 
 def contract_for(model, times, rule: Sampler = "renoise", process: Process | None = None, multiple_of: int = 1, eta: float | None = None, **fields) -> Contract:

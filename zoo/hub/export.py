@@ -290,7 +290,8 @@ def read_student(model, module: nn.Module, role: str | None, folder: Path, slot:
     Raises UserError when the folder is no student of this family, has other shapes, or is a full student for a LoRA run."""
     contract, record = read_record(folder)
     if record["family"] != model.family:
-        raise UserError(f"--init_student {folder} is a student of the {record['family']} family and the teacher is of {model.family}: start from a student of the same teacher")
+        raise UserError(f"--init_student {folder} is a student of the {record['family']} family and the teacher is of {model.family}: "
+                        "start from a student of the same teacher")
     same_slot = slot is not None and record["slot"] == slot
     if role is None:
         state = _student_state(model, folder, contract, record, same_slot)
@@ -302,7 +303,8 @@ def read_student(model, module: nn.Module, role: str | None, folder: Path, slot:
     wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
     missing = [k for k in own if k not in state] if role is None else []
     if wrong or missing:
-        raise UserError(f"--init_student {folder} does not fit the teacher {model.name} ({(wrong + missing)[0]} differs): start from a student of the same teacher")
+        raise UserError(f"--init_student {folder} does not fit the teacher {model.name} ({(wrong + missing)[0]} differs): "
+                        "start from a student of the same teacher")
     module.load_state_dict(state, strict=False)
 
 
@@ -326,7 +328,8 @@ def _adapter_state(module, role, folder, record, slot):
     if not record["lora_rank"]:
         raise UserError(f"--init_student {folder} is a full-weights student and this is a LoRA run: drop --lora, or start from a LoRA student")
     if record["slot"] != slot:
-        raise UserError(f"--init_student {folder} has the extra input {record['slot']} and this run has {slot}: a LoRA file fits only its own kind; drop --lora to start from its fused weights")
+        raise UserError(f"--init_student {folder} has the extra input {record['slot']} and this run has {slot}: "
+                        "a LoRA file fits only its own kind; drop --lora to start from its fused weights")
     side = "" if record["family"] == "toy" else SLOT_FOLDERS.get(slot, "")
     path = member(folder, Path(side, LORA_WEIGHTS))
     if not path.exists():

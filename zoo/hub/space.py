@@ -116,7 +116,8 @@ def _front_matter(folder: Path, pins: dict) -> list[str]:
     found += says(str(data.get("sdk_version")) == gradio, f"sdk_version {data.get('sdk_version')} is not the gradio of requirements.txt ({gradio or 'none'})")
     found += says(str(data.get("python_version")) in PYTHONS, f"python_version {data.get('python_version')} is none of {', '.join(PYTHONS)}")
     found += says((folder / str(data.get("app_file"))).is_file(), f"app_file {data.get('app_file')} does not exist")
-    found += says(data.get("suggested_hardware") in {h.value for h in SpaceHardware}, f"suggested_hardware {data.get('suggested_hardware')!r} is no hardware of the Hub")
+    found += says(data.get("suggested_hardware") in {h.value for h in SpaceHardware},
+                  f"suggested_hardware {data.get('suggested_hardware')!r} is no hardware of the Hub")
     found += says(len(str(data.get("short_description", ""))) <= 60, "short_description is longer than 60 characters")
     found += says({data.get("colorFrom"), data.get("colorTo")} <= COLOURS, f"colours are among {', '.join(sorted(COLOURS))}")
     named = data.get("models") or []
