@@ -381,6 +381,13 @@ def test_what_the_pages_say_of_the_boards_is_so(committed):
     for who in ("scm", "rcm", "decoupled_dmd", "meanflow"):
         spread = [r["kid_efflite0"] for (w, _, _), r in mean["fashion"].items() if w == who]
         assert any(s and s / m > 0.1 for m, s in spread), who
+    # both
+    more = {t: {(w, s): mean[t][w, s, 8]["kid_efflite0"][0] / r["kid_efflite0"][0] for (w, s, c), r in mean[t].items()
+                if c == 4 and r["kind"] == "method" and (w, s, 8) in mean[t]} for t in mean}
+    assert all(len(more[t]) >= 18 and sum(r < 1 for r in more[t].values()) > 0.7 * len(more[t]) for t in more)
+    nearer = {("dmd", "renoise"), ("reflow", "ode"), ("tdm", "ode"), ("ladd", "renoise"), ("split_meanflow", "renoise"), ("flow_map", "renoise"), ("meanflow", "jump")}
+    assert {key for key, r in more["fashion"].items() if r < 0.9} == nearer
+    assert more["fashion"]["sid", "renoise"] > 2 and 1.1 < more["fashion"]["flow_map", "jump"] < 1.3
     # emoji
     wide = {w for (w, _, c), r in mean["emoji"].items() if (s := r["kid_efflite0"][1]) and s / r["kid_efflite0"][0] > 0.1 and not r["beyond"]}
     assert wide == {"scm"}
