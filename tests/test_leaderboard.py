@@ -343,6 +343,17 @@ def test_every_method_of_a_plot_can_be_told_apart(committed):
         assert all(len(n) <= 10 for n in names) and sum(map(len, names)) == len(set().union(*names)) == len({e["who"] for e in rows if e["kind"] == "method"})
 
 
+def test_the_drift_of_dmd_is_told_as_it_was_measured():
+    page = " ".join((pages.HERE / "README.md").read_text(encoding="utf-8").split())
+    told = {"rates-default": "four times the calls one seed of `dmd` ends at {} in 1 / 2 / 4 steps", "rates-quarter": "a quarter of both rates beside them at {} (`drift/`"}
+    assert {p.stem for p in (pages.HERE / "drift").glob("*.json")} == set(told)
+    for name, sentence in told.items():
+        kept = json.loads((pages.HERE / "drift" / f"{name}.json").read_text())
+        kid = {r["calls"]: round(r["kid_efflite0"]) for r in kept["rows"]}
+        assert sentence.format(f"{kid[1]} / {kid[2]} / {kid[4]}") in page, (name, kid)
+        assert kept["job"]["training_calls"] > 4 * 60_000 and ("--lr 1.25e-5 --critic_lr 5e-5" in kept["command"]) == (name == "rates-quarter")
+
+
 def test_drawings_are_those_of_the_committed_rows():
     """`python benchmarks/leaderboard/pages.py` draws them again."""
     from PIL import Image
