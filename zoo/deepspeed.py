@@ -64,7 +64,7 @@ def check(cfg) -> None:
 def imported() -> None:
     """Import DeepSpeed, before the group of ranks is made: its functions would keep that as a default argument. UserError where it is missing."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"DeepSpeed is not installed: pip install deepspeed, or {INSTEAD}")
+        raise UserError(f"DeepSpeed is not installed: pip install 'deepspeed>=0.19,<0.20', or {INSTEAD}")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -148,6 +148,9 @@ class Engine:
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
+    def abandon(self) -> None:
+        """Give back what the process shares, after an error: the run is lost, its process may go on."""
+
     # --------------------------------------------------------------------------------------------------- checkpoints
     def _mine(self, name: str) -> tuple[slice, slice]:
         """Where this rank's numbers of a parameter are: in the flattened parameter, and in `part`."""
@@ -227,7 +230,7 @@ class Engine3(Engine):
         super().backward(loss)
 
     def step(self, lr: float) -> Tensor:
-        norm = super().step(lr)
+        norm = super().step(lr)                                           # gradients of what a step does not use: zero, not none
         self.engine.optimizer.grad_partitions_flat_buffer.zero_()         # or a parameter that a step does not use is stepped by its last gradient
         return norm
 
@@ -278,7 +281,11 @@ class Engine3(Engine):
             for name in vars(p).keys() - {"ds_tensor", "ds_numel", "ds_shape"}:
                 delattr(p, name)
         parameter_offload.FWD_MODULE_STACK.remove(self.engine.module)
-        self.engine, nn.functional.linear = None, self.linear
+        self.engine = None
+        self.abandon()
+
+    def abandon(self) -> None:
+        nn.functional.linear = self.linear
 
 
 ENGINES = {2: Engine, 3: Engine3}

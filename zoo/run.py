@@ -442,6 +442,7 @@ class Run:
                 self.engine = deepspeed.ENGINES[self.zero](t, cfg.batch // (self.world * cfg.accumulate), cfg.accumulate, cfg.max_grad_norm, self.model.module)
         estimate = self.estimate = plan(self)
         if cfg.dry_run:
+            self._leave()
             return
         estimate.refuse_if_too_large()
         if cfg.compile:
@@ -483,6 +484,8 @@ class Run:
         except BaseException:
             for tracker in self.accelerator.trackers:        # they write behind, and what they hold would be lost
                 tracker.finish()
+            if self.engine is not None:
+                self.engine.abandon()
             raise
         finally:
             bar.close()

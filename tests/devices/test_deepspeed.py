@@ -25,12 +25,15 @@ QUIET = dict(teacher="toy", batch=16, steps=1, time_budget=0, sample_every=0, me
 # a rate that falls to the end of a phase and Adam's states cleared there, one trainee never minimised; a UNet with recomputed activations; calls on some rows.
 COMPARED = {ZERO2: [("lcm", "lcm", dict(grid=10, accumulate=2, max_grad_norm=0.05)), ("lora", "lcm", dict(grid=10, lora=4, ema=0.0)),
             ("jvp", "meanflow", dict(derivative="jvp", weight_decay=0.01)), ("phases", "progressive", dict(guided_steps=2, first=4, last=2, phase_steps=2)),
-            ("unet", "reflow", dict(teacher="sd", gradient_checkpointing=True, pairs=6, pair_steps=2)), ("rows", "twinflow", dict())],
+            ("unet", "reflow", dict(teacher="sd", gradient_checkpointing=True, pairs=6, pair_steps=2)), ("rows", "twinflow", dict()),
+            ("calls", "flow_map", dict()), ("scm", "scm", dict(h=0.02)), ("split", "split_meanflow", dict()), ("tscd", "tscd", dict()),
+            ("arcflow", "arcflow", dict()), ("sdtt", "sdtt", dict(first=8, last=4, round_steps=1))],
             # every method it takes: accumulation and clipping; adapters in parts and their average; several calls in one loss; differences in
             # time (wide ones: narrow ones are at the last bits of the values); recomputed activations, of adapters on a frozen base too.
             ZERO3: [("lcm", "lcm", dict(grid=10, accumulate=2, max_grad_norm=0.05)), ("lora", "lcm", dict(grid=10, lora=4)),
                     ("calls", "flow_map", dict()), ("meanflow", "meanflow", dict(h=0.02)), ("scm", "scm", dict(h=0.02)),
                     ("split", "split_meanflow", dict()), ("tscd", "tscd", dict()),
+                    ("watched", "lcm", dict(grid=10, measure_every=2, sample_every=3, export="best", offload_averages=True)),
                     ("unet", "reflow", dict(teacher="sd", gradient_checkpointing=True, pairs=6, pair_steps=2)),
                     ("unet-lora", "reflow", dict(teacher="sd", gradient_checkpointing=True, pairs=6, pair_steps=2, lora=2))]}
 
@@ -97,7 +100,7 @@ def test_a_missing_deepspeed_is_named_with_its_remedy(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "deepspeed" else find(name, *more))
-    with pytest.raises(UserError, match="pip install deepspeed.*8gpu_fsdp2.yaml"):
+    with pytest.raises(UserError, match="pip install 'deepspeed.*8gpu_fsdp2.yaml"):
         train_lcm.main(train_lcm.Config(output_dir=str(tmp_path), **QUIET))
 
 
@@ -154,11 +157,18 @@ def test_other_methods_and_adapters_with_deepspeed(config, tmp_path, teachers): 
 
 @pytest.mark.slow
 def test_what_a_step_does_not_use_stays_under_zero_3(tmp_path, teachers):  # noqa: F811
-    """Not moved by the gradient of an earlier step."""
+    """Not moved by the gradient of an earlier step. And bf16 trains; a loss that is not finite ends the run."""
     pytest.importorskip("deepspeed")
+    import torch
     more = dict(betas=(0.0, 0.999), steps=4)
-    run = lambda where, **others: options(tmp_path / where, teachers, "rare", more, **others)
+    run = lambda where, name="rare", more=more: options(tmp_path / where, teachers, name, more)
+    job = lambda method, given: {"method": method, "sharded": True, "zero": True, "options": given}
     alone("now_and_then", run("one"))
-    torchrun(ZERO3, [{"method": "now_and_then", "sharded": True, "zero": True, "options": run("two")}])
+    half = run("two", "half", dict(grid=10, mixed_precision="bf16", steps=4))
+    torchrun(ZERO3, [job("now_and_then", run("two")), job("lcm", half)])
+    moved = [v for name, values in files(tmp_path / "two" / "half").items() if "::" not in name for v in values.values()]
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in moved)
+    with pytest.raises(AssertionError, match="not finite"):
+        torchrun(ZERO3, [job("now_and_then", run("two", "poisoned", more | {"poisoned": True}))])
     one, two = (files(tmp_path / where / "rare")["student.safetensors"] for where in ("one", "two"))
     assert one.keys() == two.keys() and max((v - two[k]).abs().max().item() for k, v in one.items()) < 2e-4

@@ -1,4 +1,5 @@
-"""For test_deepspeed.py: a run whose second and later steps leave the class embedding out of the loss. Without momentum it stays where the first step put it."""
+"""For test_deepspeed.py: a run whose second and later steps leave the class embedding out of the loss.
+Without momentum it stays where the first step put it."""
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ class Config(RunConfig):
     method: ClassVar[str] = "lcm"
     steps: int = 4
     lr: float = 1e-2
+    poisoned: bool = False
 
 
 def main(cfg: Config) -> Run:
@@ -20,6 +22,8 @@ def main(cfg: Config) -> Run:
     label, data = net.params["label.weight"], model.batches()
 
     def loss(batch):
+        if run.step and cfg.poisoned:
+            return {"loss": net(batch.randn(), batch.rand() * 0.9 + 0.05, batch.cond).square().mean() * float("nan")}
         if run.step:
             return {"loss": net.net.module.time_embedding(batch.randn()[:, :1].expand(-1, net.net.module.time_embedding.linear_1.in_features)).square().mean()}
         return {"loss": net(batch.randn(), batch.rand() * 0.9 + 0.05, batch.cond).square().mean()}
