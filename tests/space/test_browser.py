@@ -131,7 +131,8 @@ def test_a_shipped_student_races_its_teacher_and_goes_home(here, page, server, n
     turn(page, "Take it home")
     says(page, "#fs-code-zoo", f'zoo.load("{name}")')
     says(page, "#fs-home-message", "The same picture, on your machine")
-    assert "train_dmd.py" in page.inner_text("#fs-code-train") and len(page.inner_text("#fs-card")) > 500
+    says(page, "#fs-code-train", "train_dmd.py")
+    page.wait_for_function("document.querySelector('#fs-card')?.innerText.length > 500")
     monkeypatch.chdir(tmp_path)
     for place in ("zoo", "diffusers"):
         exec(compile("\n".join(page.locator(f"#fs-code-{place} .cm-line").all_inner_texts()), place, "exec"), {})
