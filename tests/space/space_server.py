@@ -1,6 +1,7 @@
 """Tiny students and their teachers, and the page served by a process of its own, for the tests of this folder."""
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -90,11 +91,16 @@ def serving(students: str, where: Path, folder: Path = SPACE, python: str = sys.
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
+        import psutil
+        workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+        for worker in workers:                             # those the `spaces` package forked outlive the page
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
 
 
