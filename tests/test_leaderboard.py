@@ -343,6 +343,20 @@ def test_every_method_of_a_plot_can_be_told_apart(committed):
         assert all(len(n) <= 10 for n in names) and sum(map(len, names)) == len(set().union(*names)) == len({e["who"] for e in rows if e["kind"] == "method"})
 
 
+def test_two_commands_may_write_one_file(tmp_path, monkeypatch):
+    replace, others = os.replace, [{"of": "another"}]
+
+    def after_another(temp, path):
+        if others:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: -1)
+                run.write(path, others.pop())
+        replace(temp, path)
+    monkeypatch.setattr(os, "replace", after_another)
+    run.write(tmp_path / "board.json", {"of": "this"})
+    assert json.loads((tmp_path / "board.json").read_text()) == {"of": "this"} and not others and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_drift_of_dmd_is_told_as_it_was_measured():
     page = " ".join((pages.HERE / "README.md").read_text(encoding="utf-8").split())
     told = {"rates-default": "in 1 / 2 / 4 steps, ends at {}, with", "rates-quarter": "a quarter of both rates beside them at {} (`drift/`"}

@@ -468,13 +468,16 @@ def test_an_estimate_above_free_memory_is_refused_before_step_1(tmp_path, monkey
         train_dmd.main(train_dmd.Config(teacher="toy", output_dir=str(tmp_path / "run")))
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    """And leaves the group of ranks as a run does, whose threads would outlive it."""
     import train_dmd
+    left, leave = [], Run._leave
+    monkeypatch.setattr(Run, "_leave", lambda run: (left.append(run), leave(run)))
     train_dmd.main(train_dmd.Config(teacher="toy", output_dir=str(tmp_path / "run"), dry_run=True))
     text = capsys.readouterr().out
     for needle in ("guidance = ", "student: ", "critic: ", "trainable parameters", "global batch 32", "GB more at the peak"):
         assert needle in text
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and len(left) == 1
 
 
 def test_recipe_fills_defaults_and_deviations_are_printed(capsys):

@@ -56,7 +56,7 @@ def check(cfg) -> None:
     if told("GRADIENT_CLIPPING"):
         raise UserError("gradient_clipping of the file is not read: leave it out and give --max_grad_norm")
     if cfg.optimizer != "adamw":
-        raise UserError(f"--optimizer {cfg.optimizer} keeps states of whole parameters, and ZeRO-2 steps flat parts of them: "
+        raise UserError(f"--optimizer {cfg.optimizer} keeps states of whole parameters, and DeepSpeed steps flat parts of them: "
                         f"use adamw, or {CONFIGS}/8gpu_ddp.yaml")
     imported()
 
@@ -148,9 +148,6 @@ class Engine:
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
 
-    def abandon(self) -> None:
-        """Give back what the process shares, after an error: the run is lost, its process may go on."""
-
     # --------------------------------------------------------------------------------------------------- checkpoints
     def _mine(self, name: str) -> tuple[slice, slice]:
         """Where this rank's numbers of a parameter are: in the flattened parameter, and in `part`."""
@@ -230,7 +227,7 @@ class Engine3(Engine):
         super().backward(loss)
 
     def step(self, lr: float) -> Tensor:
-        norm = super().step(lr)                                           # gradients of what a step does not use: zero, not none
+        norm = super().step(lr)
         self.engine.optimizer.grad_partitions_flat_buffer.zero_()         # or a parameter that a step does not use is stepped by its last gradient
         return norm
 
@@ -281,11 +278,7 @@ class Engine3(Engine):
             for name in vars(p).keys() - {"ds_tensor", "ds_numel", "ds_shape"}:
                 delattr(p, name)
         parameter_offload.FWD_MODULE_STACK.remove(self.engine.module)
-        self.engine = None
-        self.abandon()
-
-    def abandon(self) -> None:
-        nn.functional.linear = self.linear
+        self.engine, nn.functional.linear = None, self.linear
 
 
 ENGINES = {2: Engine, 3: Engine3}

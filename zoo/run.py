@@ -484,8 +484,6 @@ class Run:
         except BaseException:
             for tracker in self.accelerator.trackers:        # they write behind, and what they hold would be lost
                 tracker.finish()
-            if self.engine is not None:
-                self.engine.abandon()
             raise
         finally:
             bar.close()

@@ -9,9 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from zoo.hub import model_cards
-from zoo.hub.record import read_record
-
 ROOT = Path(__file__).parents[2]
 
 # Pushes (or pulls) and prints one line of JSON: {"url"} or {"error"}, and how long it was asked to wait. Only back-off sleeps are shortened.
@@ -134,8 +131,3 @@ def same_files(a: Path, b: Path, repo: str) -> bool:
     read = lambda root, p: (root / p).read_bytes()
     names = [p.relative_to(a).as_posix() for p in a.rglob("*") if p.is_file()]
     return all((b / n).exists() and read(a, n).replace(b"path/to/student", repo.encode()) == read(b, n) for n in names)
-
-
-def one_of_each_family() -> list[Path]:
-    """Shipped students, one for each family of backbones: what travels through the same code as another is not sent twice."""
-    return list({read_record(p)[1]["family"]: p for p in model_cards.folders()}.values())

@@ -15,7 +15,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import tiny
 import zoo
-from clients import environment, one_of_each_family
+from clients import environment
 from loopback import Loopback
 from zoo import registry
 from zoo.hub import model_cards
@@ -65,7 +65,7 @@ def sent(hub, repo: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shipped", [pytest.param(p, id=p.name) for p in one_of_each_family()])
+@pytest.mark.parametrize("shipped", [pytest.param(p, id=p.name) for p in model_cards.folders()])
 def test_a_shipped_student_by_its_hub_id(shipped, tmp_path):
     """Pushed, then `zoo.load("me/shipped")(what)` elsewhere: the picture the folder itself gives here; and again without a network."""
     contract, record = read_record(shipped)

@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import tiny
-from clients import Client, environment, folder, one_of_each_family, safetensors, same_files, whole
+from clients import Client, environment, folder, safetensors, same_files, whole
 from loopback import Loopback
 from zoo import loading
 from zoo.backbones import load
@@ -94,7 +94,7 @@ def test_push_then_load_by_id(student, tmp_path):
         assert (local == stock).all() and (local == ours).all()
 
 
-@pytest.mark.parametrize("shipped", [pytest.param(p, id=p.name, marks=pytest.mark.slow) for p in one_of_each_family()])
+@pytest.mark.parametrize("shipped", [pytest.param(p, id=p.name, marks=pytest.mark.slow) for p in model_cards.folders()])
 def test_a_shipped_student_travels(shipped, tmp_path):
     """Pushed, pulled into an empty cache by a process without the package, sampled: the pictures `zoo.load` draws from the folder here."""
     contract, record = read_record(shipped)
